@@ -1,0 +1,34 @@
+# Every target makes its own .venv once; it is made again when the dependencies change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Nothing here needs the network after the install, and small models run fastest on one thread per process.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.installed
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train_nq.py
+
+test: lint
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

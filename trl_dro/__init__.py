@@ -1,0 +1,10 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Direct Retrieval-augmented Optimization (DRO) for TRL: selector and generator trained on the right answer's likelihood."""
+
+from .dro_config import DROConfig
+from .dro_trainer import DROTrainer
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["DROConfig", "DROTrainer"]

@@ -1,0 +1,290 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from ._trl_compat import _BaseConfig
+from .importance import SelectorEstimator
+from .permutation import SelectorLikelihood
+from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
+
+
+@dataclass
+class DROConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`DROTrainer`].
+
+    This class includes only the parameters that are specific to DRO training. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] documentation. Defaults follow the paper where it gives
+    them ([Direct Retrieval-augmented Optimization](https://huggingface.co/papers/2505.03075)). One example of a batch
+    is one question: `per_device_train_batch_size` counts questions, each with `num_permutations` permutations.
+
+    Parameters:
+        > Parameters that control the models
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when `model` or
+            `selector_model` is given as a string.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to load models and tokenizers that ship custom Python code from the Hub.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Turn off all dropout, that of the adapters included. Importance weights compare likelihoods, and dropout
+            would make them noise.
+
+        > Parameters that control the prompts
+
+        max_candidates (`int`, *optional*, defaults to `20`):
+            Candidates shown to the selector, n: the first ones in retrieval order.
+        num_selected (`int`, *optional*, defaults to `5`):
+            Documents in a permutation, K.
+        selector_template (`str`):
+            Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,
+            `{num_selected}`, `{format}`, or in Python a function of these.
+        generator_template (`str`):
+            Generator prompt, with the same fields.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens. Documents are shortened evenly to fit. `None` takes the model's context less
+            the completion.
+        max_document_length (`int`, *optional*):
+            Longest document in tokens, title included.
+        max_answer_length (`int`, *optional*, defaults to `64`):
+            Longest answer in tokens, in training and in generation. A longer training target is an error.
+        shuffle_candidates (`bool`, *optional*, defaults to `True`):
+            Shuffle each question's candidates in training, so that the selector cannot lean on their position. Never
+            in evaluation.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the tokenizer's chat template.
+
+        > Parameters that control the E-step
+
+        num_permutations (`int`, *optional*, defaults to `8`):
+            Permutations sampled per question, m.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the sampling. Other values are corrected for in the importance weights.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus of the sampling, per choice. Permutations outside the nucleus are never seen, so only part of the
+            bias can be corrected.
+        answer_likelihood (`str`, *optional*, defaults to `"sum"`):
+            Log-likelihood of an answer as the `"sum"` of its tokens' (the paper's formula) or their `"mean"` (a
+            tempered weight, as in the authors' code).
+        answer_target (`str`, *optional*, defaults to `"first"`):
+            Which of the `answers` is the target: the `"first"`, a `"random"` one for each E-step, or `"all"`, the sum of
+            their likelihoods.
+        weight_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the importance weights; above 1 flattens them.
+        steps_per_estimation (`int`, *optional*, defaults to `1`):
+            Micro-batches that one E-step serves. `1` is incremental EM, with fresh samples for every step; `-1` is a
+            whole epoch, the paper's Algorithm 1.
+
+        > Parameters that control the M-step
+
+        maximization_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the questions of one E-step before the next.
+        selector_estimator (`str`, *optional*, defaults to `"rws"`):
+            Gradient estimator of the selector: `"rws"` (reweighted wake-sleep, the paper's), `"rws_centered"` (same
+            expectation, less noise) or `"vimco"` (gradient of the IWAE bound).
+        selector_likelihood (`str`, *optional*, defaults to `"constrained"`):
+            What the selector's loss differentiates: `"constrained"` is the distribution over valid permutations that
+            is sampled from; `"full_vocabulary"` the likelihood of the written tokens among all tokens, as in the
+            paper, which also teaches the format to a selector that will be served by plain text generation.
+        train_selector (`bool`, *optional*, defaults to `True`):
+            Whether to train the selector. `False` is the paper's "w/o selector".
+        train_generator (`bool`, *optional*, defaults to `True`):
+            Whether to train the generator. `False` is the paper's "w/o generator".
+        selector_learning_rate (`float`, *optional*):
+            Learning rate of the selector. `None` takes `learning_rate`.
+        generator_learning_rate (`float`, *optional*):
+            Learning rate of the generator. `None` takes `learning_rate`.
+
+        > Parameters that control the logging
+
+        log_permutations (`bool`, *optional*, defaults to `False`):
+            Print a table of a question, its permutations, their weights and the answer at every log, write all of
+            them to `permutations/` in the output folder, and send them to wandb or trackio if those are reported to.
+        tiny_likelihood (`float`, *optional*, defaults to `1e-6`):
+            A question whose answer is less likely than this under each of its permutations is counted in
+            `tiny_likelihood_share`: it has little to teach.
+        collapse_threshold (`float`, *optional*, defaults to `0.25`):
+            Warn once when the share of distinct permutations among those sampled falls below this.
+
+    > [!NOTE]
+    > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
+    > `num_train_epochs` 5 are the paper's; `remove_unused_columns` is `False`.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "chat_template_kwargs"]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay for AdamW if we apply some."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Total number of training epochs to perform."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns that the model's forward does not name: always False."}
+    )
+
+    # Models
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `from_pretrained` when a model is given as a string."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to load models and tokenizers that ship custom Python code."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Turn off all dropout, that of the adapters included."}
+    )
+
+    # Prompts
+    max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
+    num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    selector_template: str = field(
+        default=SELECTOR_TEMPLATE,
+        metadata={
+            "help": "Selector prompt: a format string with {question}, {documents} and any of {num_documents}, "
+            "{num_selected}, {format}."
+        },
+    )
+    generator_template: str = field(
+        default=GENERATOR_TEMPLATE, metadata={"help": "Generator prompt, with the fields of the selector's."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt in tokens; documents are shortened evenly to fit. None takes the model's context "
+            "less the completion."
+        },
+    )
+    max_document_length: int | None = field(
+        default=None, metadata={"help": "Longest document in tokens, title included."}
+    )
+    max_answer_length: int = field(
+        default=64, metadata={"help": "Longest answer in tokens, in training and in generation."}
+    )
+    shuffle_candidates: bool = field(
+        default=True, metadata={"help": "Shuffle each question's candidates in training. Never in evaluation."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for the tokenizer's chat template."}
+    )
+
+    # E-step
+    num_permutations: int = field(default=8, metadata={"help": "Permutations sampled per question, m."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature, corrected for in the importance weights."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling, per choice."})
+    answer_likelihood: str = field(
+        default="sum",
+        metadata={"help": "Log-likelihood of an answer: sum or mean over its tokens.", "choices": ["sum", "mean"]},
+    )
+    answer_target: str = field(
+        default="first",
+        metadata={
+            "help": "Which of the answers is the target: the first, a random one per E-step, or all of them summed.",
+            "choices": ["first", "random", "all"],
+        },
+    )
+    weight_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the importance weights; above 1 flattens them."}
+    )
+    steps_per_estimation: int = field(
+        default=1, metadata={"help": "Micro-batches that one E-step serves; -1 is a whole epoch (Algorithm 1)."}
+    )
+
+    # M-step
+    maximization_epochs: int = field(
+        default=1, metadata={"help": "Passes over the questions of one E-step before the next."}
+    )
+    selector_estimator: str = field(
+        default="rws",
+        metadata={"help": "Gradient estimator of the selector.", "choices": list(get_args(SelectorEstimator))},
+    )
+    selector_likelihood: str = field(
+        default="constrained",
+        metadata={
+            "help": "What the selector's loss differentiates: the distribution over valid permutations, or the "
+            "likelihood of the written tokens among all tokens.",
+            "choices": list(get_args(SelectorLikelihood)),
+        },
+    )
+    train_selector: bool = field(default=True, metadata={"help": "Whether to train the selector."})
+    train_generator: bool = field(default=True, metadata={"help": "Whether to train the generator."})
+    selector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the selector; `learning_rate` if not set."}
+    )
+    generator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the generator; `learning_rate` if not set."}
+    )
+
+    # Logging
+    log_permutations: bool = field(
+        default=False, metadata={"help": "Show permutations, their weights and answers at every log, and keep them."}
+    )
+    tiny_likelihood: float = field(
+        default=1e-6,
+        metadata={"help": "Answer likelihood below which a question is counted as having little to teach."},
+    )
+    collapse_threshold: float = field(
+        default=0.25, metadata={"help": "Warn once when the share of distinct permutations falls below this."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_ranges()
+        self._check_combinations()
+        for template in (self.selector_template, self.generator_template):
+            check_template(template)
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "num_selected": 1,
+            "num_permutations": 1,
+            "max_answer_length": 1,
+            "maximization_epochs": 1,
+            "max_candidates": self.num_selected,
+        }
+        for name, lowest in at_least.items():
+            if getattr(self, name) < lowest:
+                hint = " (num_selected)" if name == "max_candidates" else ""
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        for name in ("temperature", "weight_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be above 0 (evaluation is greedy by itself)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
+        if self.steps_per_estimation < 1 and self.steps_per_estimation != -1:
+            raise ValueError(
+                f"steps_per_estimation={self.steps_per_estimation}: it must be at least 1, or -1 for a whole epoch"
+            )
+        choices = {
+            "answer_likelihood": ("sum", "mean"),
+            "answer_target": ("first", "random", "all"),
+            "selector_estimator": get_args(SelectorEstimator),
+            "selector_likelihood": get_args(SelectorLikelihood),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+
+    def _check_combinations(self) -> None:
+        if not (self.train_selector or self.train_generator):
+            raise ValueError("train_selector and train_generator are both False: there is nothing to train")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the questions and documents: leave it False")
+        if self.answer_target == "all" and self.answer_likelihood == "mean":
+            raise ValueError(
+                "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
+            )
+        if self.selector_estimator == "vimco":
+            if self.num_permutations < 2:
+                raise ValueError(
+                    "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 or more"
+                )
+            if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
+                raise ValueError(
+                    "selector_estimator='vimco' needs permutations drawn from the selector itself: set temperature=1, "
+                    "top_p=1 and selector_likelihood='constrained', or choose rws or rws_centered"
+                )
+        if self.selector_estimator == "rws_centered" and self.selector_likelihood == "full_vocabulary":
+            raise ValueError(
+                "selector_estimator='rws_centered' subtracts the very gradient by which "
+                "selector_likelihood='full_vocabulary' teaches the format: choose rws"
+            )

@@ -1,0 +1,567 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import contextlib
+import math
+import random
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ._trl_compat import _BaseTrainer, disable_dropout_in_model
+from .data.schema import validate_dataset
+from .dro_config import DROConfig
+from .evaluation import score_prediction
+from .importance import (
+    effective_sample_size,
+    elbo,
+    importance_weights,
+    iwae_bound,
+    selector_coefficients,
+    weight_entropy,
+)
+from .loading import build_prompts, context_length, load_model, load_tokenizers
+from .logs import RunningMeans, permutation_rows, print_permutations, save_permutations
+from .permutation import PermutationCodec, PermutationSamples
+from .prompts import check_lengths
+from .rag_model import RAGModel
+from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
+from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Estimate:
+    r"""
+    What the E-step leaves for one micro-batch of `B` questions.
+
+    Args:
+        batch ([`~schedule.QuestionBatch`]):
+            Rows of the training set.
+        orders (`list[list[int]]` of length `B`):
+            Candidate shown at each place of the selector's prompt.
+        targets (`list[list[str]]` of length `B`):
+            Answers whose likelihoods are summed.
+        samples ([`~permutation.PermutationSamples`]):
+            Permutations of the candidates as shown.
+        answer_logps (`Tensor` of shape `(B, m)`, *optional*):
+            \\( \log p(y \mid x, d_{z_i}) \\) in nats; `None` until the M-step's own forward gives it.
+    """
+
+    batch: QuestionBatch
+    orders: list[list[int]]
+    targets: list[list[str]]
+    samples: PermutationSamples
+    answer_logps: Tensor | None = None
+
+
+class DROTrainer(_BaseTrainer):
+    r"""
+    Trainer for Direct Retrieval-augmented Optimization (DRO), introduced in [Direct Retrieval-augmented Optimization:
+    Synergizing Knowledge Selection and Language Models](https://huggingface.co/papers/2505.03075).
+
+    A selector picks an ordered list of documents, a generator answers from it, and both are trained on the likelihood
+    of the right answer by expectation maximisation: the E-step samples permutations from the selector and weighs each
+    by the answer's likelihood under the generator; the M-step raises the weighted log-likelihoods of the permutations
+    (selector) and of the answer (generator).
+
+    Example:
+
+    ```python
+    from datasets import load_from_disk
+    from peft import LoraConfig
+    from trl_dro import DROConfig, DROTrainer
+
+    trainer = DROTrainer(
+        model="meta-llama/Meta-Llama-3-8B-Instruct",
+        args=DROConfig(output_dir="llama3-dro"),
+        train_dataset=load_from_disk("nq-top20"),  # question, answers, documents
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base model of both roles, or of the generator when `selector_model` is given: a model id or folder, or an
+            instance. A [`~peft.PeftModel`] must have exactly the adapters `selector` and `generator`.
+        args ([`DROConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`]):
+            Questions with the columns `question`, `answers` and `documents`; see [`~data.schema`].
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Questions for evaluation, in the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, the model's own is loaded.
+        peft_config ([`~peft.PeftConfig`] or `dict[str, PeftConfig]`, *optional*):
+            Adapter of each role, one config for both or `{"selector": …, "generator": …}`. If `None`, the roles are
+            two full models.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of models given by id or folder; needs `peft_config`.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base model of the selector, when it is not the generator's.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks added to the default ones.
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use instead of AdamW and a linear schedule.
+
+    Raises:
+        `DatasetError`: a dataset is malformed; the message names row, column and cure.
+        `ValueError`: settings that cannot work together, or prompts that cannot fit. Like the former, before any model
+            is loaded.
+    """
+
+    args: DROConfig
+    loss_is_scaled_for_ga = False
+
+    _tag_names = ["trl", "dro"]
+    _name = "DRO"
+    _paper = {
+        "title": "Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models",
+        "id": "2505.03075",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{shi2025direct,
+                title  = {{Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models}},
+                author = {Shi, Zhengliang and others},
+                year   = 2025,
+                eprint = {arXiv:2505.03075},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DROConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        selector_model: str | PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        if args is None:
+            args = DROConfig("dro-output")
+        if quantization_config is not None and peft_config is None:
+            raise ValueError(
+                "quantized weights cannot be trained: pass `peft_config` along with `quantization_config`"
+            )
+
+        # Whatever can be wrong is found before weights are loaded.
+        datasets = {"train_dataset": train_dataset} if train_dataset is not None or eval_dataset is None else {}
+        if isinstance(eval_dataset, dict):
+            datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            datasets["eval_dataset"] = eval_dataset
+        for name, dataset in datasets.items():
+            validate_dataset(dataset, args.num_selected, name)
+        tokenizers = load_tokenizers(model, selector_model, processing_class, args)
+        codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+        contexts = {
+            "selector": context_length(selector_model or model, args),
+            "generator": context_length(model, args),
+        }
+        prompts = build_prompts(args, tokenizers, codec, contexts)
+        for name, dataset in datasets.items():
+            check_lengths(
+                dataset,
+                name,
+                [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)],
+                tokenizers["generator"],
+                args.max_answer_length,
+                all_answers=args.answer_target != "first",
+            )
+        if args.train_selector and args.num_permutations == 1:
+            warnings.warn(
+                "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
+                "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
+                stacklevel=2,
+            )
+
+        # Adapters are initialised at random.
+        set_seed(args.seed)
+        role_model = prepare_role_model(
+            load_model(model, args, quantization_config),
+            None if selector_model is None else load_model(selector_model, args, quantization_config),
+            peft_config,
+        )
+        trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
+        self.roles = Roles(role_model, trained)
+        cast_adapters_for_quantized_base(self.roles)
+        if args.disable_dropout:
+            disable_dropout_in_model(role_model)
+        if args.gradient_checkpointing:
+            self.roles.enable_input_require_grads()
+
+        self._estimates: list[Estimate] = []
+        self._estimated_block = -1
+        self._shown_permutations: list[dict[str, Any]] = []
+        self._collapse_warned = False
+
+        super().__init__(
+            model=role_model,
+            args=args,
+            data_collator=list,  # a batch of evaluation questions is a list of records
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizers["generator"],
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
+                "visible with CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP would step the optimizer after each role's backward or save one adapter only: use "
+                "plain data parallelism (`accelerate launch --multi_gpu`)"
+            )
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device)
+        self._means = RunningMeans(self.accelerator)
+        # Processes must not draw the same permutations.
+        set_seed(args.seed, device_specific=True)
+
+    # Data
+
+    def get_train_dataloader(self) -> EstimationDataLoader:
+        if self.train_dataset is None:
+            raise ValueError("training needs a `train_dataset`")
+        args = self.args
+        return EstimationDataLoader(
+            EstimationSampler(
+                len(self.train_dataset),
+                self._train_batch_size,
+                args.steps_per_estimation,
+                args.maximization_epochs,
+                drop_last=args.dataloader_drop_last,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
+        )
+
+    def _records(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [self._with_candidates(self.train_dataset[row]) for row in rows]
+
+    def _with_candidates(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, "documents": record["documents"][: self.args.max_candidates]}
+
+    # Expectation maximisation
+
+    def training_step(
+        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        model.train()
+        start = time.perf_counter()
+        if inputs.block_index != self._estimated_block:
+            self._estimates = self._expectation_step(inputs.block)
+            self._estimated_block = inputs.block_index
+            self._means.add("e_step_seconds", time.perf_counter() - start)
+        middle = time.perf_counter()
+        loss = self._maximization_step(model, self._estimates[inputs.position])
+        end = time.perf_counter()
+        self._means.add("m_step_seconds", end - middle)
+        # Processes work side by side: their tokens add up, their seconds do not.
+        self._means.add("tokens_per_second", self.rag.num_tokens, (end - start) / self.accelerator.num_processes)
+        self.rag.num_tokens.zero_()
+        return loss
+
+    def _expectation_step(self, block: list[QuestionBatch]) -> list[Estimate]:
+        """Samples permutations for every question of a block and scores the answer under each (equations 4 to 7)."""
+        show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
+        with self._inference():
+            return [self._estimate(batch) for batch in tqdm(block, desc="E-step", leave=False, disable=not show)]
+
+    def _estimate(self, batch: QuestionBatch) -> Estimate:
+        args = self.args
+        records = self._records(batch.rows)
+        sizes = [len(record["documents"]) for record in records]
+        orders = [torch.randperm(n).tolist() if args.shuffle_candidates else list(range(n)) for n in sizes]
+        targets = [self._targets(record["answers"]) for record in records]
+        questions = _reorder(records, orders)
+        samples = self._sample(questions, args.temperature, args.top_p)
+        estimate = Estimate(batch, orders, targets, samples)
+        # When an estimate serves one update, the generator's loss forward is its scoring forward.
+        if args.steps_per_estimation != 1 or args.maximization_epochs != 1 or not args.train_generator:
+            estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        return estimate
+
+    def _maximization_step(self, model: nn.Module, estimate: Estimate) -> Tensor:
+        """
+        Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
+        forward: gradient checkpointing recomputes with the adapter that is active at that time.
+        """
+        args = self.args
+        questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
+        permutations = estimate.samples.permutations
+        total = torch.zeros((), device=args.device)
+
+        if args.train_generator:
+            with self._synced_backward(model, last=not args.train_selector):
+                with self.compute_loss_context_manager():
+                    answer_logps = self._answer_logps(questions, estimate.targets, permutations, wrapped=model)
+                if estimate.answer_logps is None:
+                    estimate.answer_logps = answer_logps.detach()
+                weights, _, usable = self._weigh(estimate)
+                total += self._backward("generator", weights, answer_logps, usable, estimate.batch)
+
+        if args.train_selector:
+            with self._synced_backward(model, last=True):
+                with self.compute_loss_context_manager():
+                    logps = self.rag.permutation_logps(
+                        questions, permutations, args.selector_likelihood, wrapped=model
+                    )
+                _, coefficients, usable = self._weigh(estimate)
+                total += self._backward("selector", coefficients, logps, usable, estimate.batch)
+
+        self._log_estimate(estimate, questions)
+        return total / self.current_gradient_accumulation_steps
+
+    def _backward(
+        self, role: Role, coefficients: Tensor, logps: Tensor, usable: Tensor, batch: QuestionBatch
+    ) -> Tensor:
+        """
+        Backward of one role's loss: minus the coefficient-weighted log-probabilities, summed over permutations,
+        averaged over the questions of the global micro-batch. Returns the loss, in nats per question.
+        """
+        counted = usable & torch.tensor(batch.counted, device=usable.device)
+        loss = -(coefficients * torch.where(counted.unsqueeze(-1), logps, 0.0)).sum() / batch.denominator
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        self._means.add(f"{role}/loss", loss)
+        return loss.detach()
+
+    def _synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are averaged over processes once, in the last role's backward."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _weigh(self, estimate: Estimate) -> tuple[Tensor, Tensor, Tensor]:
+        """Importance weights `(B, m)`, the selector's coefficients `(B, m)`, and which questions are usable `(B,)`."""
+        assert estimate.answer_logps is not None
+        correction = estimate.samples.logps - estimate.samples.proposal_logps
+        usable = (estimate.answer_logps + correction).isfinite().all(dim=-1)
+        # Unusable rows are weighed as if all alike and masked in the loss: a NaN must not spread to the others.
+        answer_logps = torch.where(usable.unsqueeze(-1), estimate.answer_logps, 0.0)
+        correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
+        temperature = self.args.weight_temperature
+        return (
+            importance_weights(answer_logps, correction, temperature),
+            selector_coefficients(answer_logps, correction, temperature, self.args.selector_estimator),
+            usable,
+        )
+
+    def _sample(self, questions: list[dict[str, Any]], temperature: float, top_p: float) -> PermutationSamples:
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p)
+        if self.args.selector_likelihood == "constrained":
+            return samples
+        logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood)
+        return samples._replace(logps=logps)
+
+    def _answer_logps(
+        self, questions: list[dict[str, Any]], targets: list[list[str]], permutations: Tensor, wrapped=None
+    ) -> Tensor:
+        mean = self.args.answer_likelihood == "mean"
+        return self.rag.answer_logps(questions, targets, permutations, mean, wrapped)
+
+    def _targets(self, answers: list[str]) -> list[str]:
+        if self.args.answer_target == "all":
+            return answers
+        return [random.choice(answers) if self.args.answer_target == "random" else answers[0]]
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the mode from before is restored."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    # Optimization
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or `args.optim`, with one learning rate per role."""
+        if self.optimizer is None:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = []
+            for role in self.roles.trained:
+                rate = getattr(self.args, f"{role}_learning_rate")
+                for decays in (True, False):
+                    group = {
+                        "params": [p for n, p in self.roles.named_parameters(role) if (n in decayed) == decays],
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        "lr": self.args.learning_rate if rate is None else rate,
+                    }
+                    if group["params"]:
+                        groups.append(group)
+            self.optimizer_cls_and_kwargs = (optimizer_cls, {**kwargs, "params": groups})
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: nn.Module):
+        self.accelerator.unscale_gradients()
+        self._record_grad_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        if grad_norm is None:  # gradients are not clipped
+            self._record_grad_norms()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _record_grad_norms(self) -> None:
+        for role in self.roles.trained:
+            gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
+            self._means.add(f"{role}/grad_norm", nn.utils.get_total_norm(gradients))
+
+    # Logs
+
+    def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
+        weights, _, usable = self._weigh(estimate)
+        kept = usable & torch.tensor(estimate.batch.counted, device=usable.device)
+        samples, answer_logps = estimate.samples, estimate.answer_logps[kept]
+        correction = (samples.logps - samples.proposal_logps)[kept]
+        means = self._means
+        means.add("masked_questions", (~usable).sum())
+        means.add_all("elbo", elbo(answer_logps, correction))
+        means.add_all("iwae_bound", iwae_bound(answer_logps, correction))
+        means.add_all("ess", effective_sample_size(weights[kept]))
+        means.add_all("weight_entropy", weight_entropy(weights[kept]))
+        means.add_all("tiny_likelihood_share", answer_logps.amax(dim=-1) < math.log(self.args.tiny_likelihood))
+        # -E_p[log p], with the samples of another proposal weighted by p/q.
+        means.add_all("selector/entropy", -(correction.softmax(dim=-1) * samples.logps[kept]).sum(dim=-1))
+        unique = [len({tuple(z) for z in permutations}) for permutations in samples.permutations.tolist()]
+        means.add_all("unique_permutations", torch.tensor(unique))
+
+        if self.args.log_permutations:
+            self._shown_permutations = permutation_rows(
+                self.state.global_step, questions, estimate.targets, samples, estimate.answer_logps, weights
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log, over all processes, to a log of training."""
+        if "loss" in logs:
+            means = self._means.pop()
+            logs.update(means)
+            self._warn_of_collapse(means.get("unique_permutations", math.inf) / self.args.num_permutations)
+            if self._shown_permutations and self.is_world_process_zero():
+                print_permutations(self._shown_permutations[: self.args.num_permutations])
+                save_permutations(self._shown_permutations, self.args.output_dir, self.args.report_to)
+        super().log(logs, start_time)
+
+    def _warn_of_collapse(self, unique_share: float) -> None:
+        if unique_share < self.args.collapse_threshold and not self._collapse_warned:
+            self._collapse_warned = True
+            warnings.warn(
+                f"only {unique_share:.0%} of the sampled permutations are distinct at step {self.state.global_step}: "
+                "the selector repeats itself and has little left to compare. If its recall is not yet good, raise "
+                "`temperature`, lower its learning rate, or stop it with train_selector=False.",
+                stacklevel=2,
+            )
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Selects greedily, generates answers, and scores both: `em`, `f1`, `recall@k` of the selector and of the
+        retriever, and over `num_permutations` sampled permutations the `elbo`, the `iwae_bound` and the `loss`, which
+        is minus the IWAE bound of the first answer. Draws are the same at every evaluation and leave training's alone.
+        """
+        self.callback_handler.eval_dataloader = dataloader
+        scores: list[Tensor] = []
+        names: list[str] = []
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self._inference(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            for records in dataloader:
+                batch_scores = self._score_batch([self._with_candidates(record) for record in records])
+                names = list(batch_scores)
+                # Cuts off the rows that were repeated to give every process as many.
+                scores.append(self.accelerator.gather_for_metrics(torch.stack(list(batch_scores.values()), dim=-1)))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.rag.num_tokens.zero_()
+        per_question = torch.cat(scores)  # [questions, metrics]
+        means = dict(zip(names, per_question.mean(dim=0).tolist(), strict=True))
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(per_question))
+
+    def _score_batch(self, questions: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Scores of each question, by name, each of shape `(B,)`."""
+        selected = self.rag.sample(questions, 1, greedy=True).permutations[:, 0]  # [B, K]
+        answers = self.rag.answer(questions, selected, self.args.max_answer_length)
+        per_question = [
+            score_prediction(
+                answer,
+                [question["documents"][i - 1] for i in permutation],
+                question["documents"],
+                question["answers"],
+            )
+            for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True)
+        ]
+        scores = {
+            name: torch.tensor([row[name] for row in per_question], device=self.args.device)
+            for name in per_question[0]
+        }
+        samples = self._sample(questions, temperature=1.0, top_p=1.0)
+        targets = [question["answers"][:1] for question in questions]
+        answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        correction = samples.logps - samples.proposal_logps
+        scores["elbo"] = elbo(answer_logps, correction)
+        scores["iwae_bound"] = iwae_bound(answer_logps, correction)
+        scores["loss"] = -scores["iwae_bound"]
+        return scores
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes `selector/` and `generator/`, each loadable on its own, the tokenizers and the training arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.roles.save(folder)
+        self.processing_class.save_pretrained(folder)
+        for role in ROLES:
+            self.rag.tokenizers[role].save_pretrained(folder / role)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.roles.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading best roles from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
+        self.roles.load(self.state.best_model_checkpoint)
+
+
+def _reorder(records: list[dict[str, Any]], orders: list[list[int]]) -> list[dict[str, Any]]:
+    """Records with their documents in the given orders."""
+    return [
+        {**record, "documents": [record["documents"][i] for i in order]}
+        for record, order in zip(records, orders, strict=True)
+    ]

@@ -1,0 +1,147 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Models and tokenizers by Hub id, folder or instance, and what can be known of them before weights are loaded."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._trl_compat import create_model_from_path, get_config_model_id
+from .dro_config import DROConfig
+from .permutation import PermutationCodec
+from .prompts import PromptBuilder
+from .roles import ROLES, Role
+
+
+def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig) -> Any:
+    """
+    Tokenizer of a model.
+
+    Raises:
+        `ValueError`: a model instance does not say where it came from.
+    """
+    source = model if isinstance(model, str) else get_config_model_id(model.config)
+    if not source:
+        raise ValueError(
+            "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
+        )
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return AutoTokenizer.from_pretrained(
+        source, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
+    )
+
+
+def _prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer with a padding token, which only fills masked places.
+
+    Raises:
+        `TypeError`: not a tokenizer (a processor of a vision-language model, say).
+        `ValueError`: it has no end-of-sequence token, without which no answer ever ends.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`processing_class` must be a tokenizer, not {type(tokenizer).__name__}")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no eos token, so no answer would ever end: set tokenizer.eos_token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    model: str | PreTrainedModel, args: DROConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
+    if not isinstance(model, str):
+        return model
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    # One process, one device: "auto" would spread the model over all GPUs.
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **kwargs)
+
+
+def context_length(model: str | PreTrainedModel, args: DROConfig) -> int | None:
+    """Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit."""
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
+    # Models without absolute or rotary positions do not have the attribute.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _prompt_limit(role: str, context: int | None, completion_length: int, max_prompt_length: int | None) -> int | None:
+    """
+    Longest prompt of a role in tokens.
+
+    Args:
+        role (`str`):
+            Named in the error.
+        context (`int`, *optional*):
+            Longest sequence of the model.
+        completion_length (`int`):
+            Longest completion.
+        max_prompt_length (`int`, *optional*):
+            The user's limit; `None` for as much as fits.
+
+    Returns:
+        `int` or `None`: tokens.
+
+    Raises:
+        `ValueError`: the user's limit does not leave room for the completion.
+    """
+    if context is None:
+        return max_prompt_length
+    room = context - completion_length
+    if max_prompt_length is None:
+        return room
+    if max_prompt_length > room:
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} and a completion of {completion_length} tokens exceed the "
+            f"{role}'s context of {context} tokens: set max_prompt_length to {room} or less"
+        )
+    return max_prompt_length
+
+
+def load_tokenizers(
+    model: str | PreTrainedModel,
+    selector_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: DROConfig,
+) -> dict[Role, PreTrainedTokenizerBase]:
+    """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
+    generator_tokenizer = _prepare_tokenizer(processing_class or _load_tokenizer(model, args))
+    own = isinstance(selector_model, str) or (selector_model is not None and processing_class is None)
+    selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args)) if own else generator_tokenizer
+    return {"selector": selector_tokenizer, "generator": generator_tokenizer}
+
+
+def build_prompts(
+    args: DROConfig,
+    tokenizers: dict[Role, PreTrainedTokenizerBase],
+    codec: PermutationCodec,
+    contexts: dict[Role, int | None],
+) -> dict[Role, PromptBuilder]:
+    """
+    Prompt builder of each role, limited to what the model's context leaves beside the completion.
+
+    Raises:
+        `ValueError`: a template is malformed, or `max_prompt_length` does not leave room for the completion.
+    """
+    templates = {"selector": args.selector_template, "generator": args.generator_template}
+    completion_lengths = {"selector": codec.max_length, "generator": args.max_answer_length + 1}
+    return {
+        role: PromptBuilder(
+            tokenizers[role],
+            templates[role],
+            args.num_selected,
+            max_length=_prompt_limit(role, contexts[role], completion_lengths[role], args.max_prompt_length),
+            max_document_length=args.max_document_length,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        for role in ROLES
+    }

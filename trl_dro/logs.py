@@ -1,0 +1,128 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Averages between two logs, over all processes, and the table of permutations."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from .permutation import PermutationCodec, PermutationSamples
+from .prompts import question_text
+
+
+class RunningMeans:
+    """
+    Means of named quantities since the last call of [`~RunningMeans.pop`]. Sums stay on the device: reading them at
+    every step would wait for the GPU.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Device, and processes to sum over.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Adds `total`, the sum of `count` values, to the quantity `name`."""
+        pair = torch.stack(
+            [torch.as_tensor(x, device=self.accelerator.device).detach().double() for x in (total, count)]
+        )
+        self.totals[name] = self.totals[name] + pair if name in self.totals else pair
+
+    def add_all(self, name: str, values: Tensor) -> None:
+        """Adds every element of `values`, which may be empty."""
+        self.add(name, values.double().sum(), values.numel())
+
+    def pop(self) -> dict[str, float]:
+        """Means over all processes, which must have added the same names; forgets them."""
+        if not self.totals:
+            return {}
+        names = sorted(self.totals)
+        sums = self.accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
+        self.totals.clear()
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count > 0}
+
+
+def permutation_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """
+    Table of the permutations of one question, the heaviest first.
+
+    Args:
+        rows (`list[dict]`):
+            Output of [`permutation_rows`] for one question.
+
+    Returns:
+        [`~rich.table.Table`]
+    """
+    first = rows[0]
+    title = Text(f"Step {first['step']}\nQ: {first['question']}\nA: {first['answer']}")
+    table = Table(title=title, title_justify="left")
+    for heading in ("permutation", "documents"):
+        table.add_column(heading)
+    for heading in ("log p(z|x)", "log p(y|x,z)", "weight"):
+        table.add_column(heading, justify="right")
+    for row in sorted(rows, key=lambda row: -row["weight"]):
+        table.add_row(
+            # Text, because rich would read the brackets as markup.
+            Text(row["permutation"]),
+            Text(", ".join(row["titles"])),
+            f"{row['logp']:.2f}",
+            f"{row['answer_logp']:.2f}",
+            f"{row['weight']:.3f}",
+        )
+    return table
+
+
+def permutation_rows(
+    step: int,
+    questions: Sequence[dict[str, Any]],
+    targets: Sequence[Sequence[str]],
+    samples: PermutationSamples,
+    answer_logps: Tensor,
+    weights: Tensor,
+) -> list[dict[str, Any]]:
+    """One dict per sampled permutation, `m` in a row for each question, for the functions below."""
+    columns = (samples.permutations, samples.logps, answer_logps, weights)
+    return [
+        {
+            "step": step,
+            "question": question_text(question["question"]),
+            "answer": target[0],
+            "permutation": PermutationCodec.text(permutation),
+            "titles": [question["documents"][i - 1].get("title") or "" for i in permutation],
+            "logp": logp,
+            "answer_logp": answer_logp,
+            "weight": weight,
+        }
+        for question, target, *samples_of_question in zip(
+            questions, targets, *(column.tolist() for column in columns), strict=True
+        )
+        for permutation, logp, answer_logp, weight in zip(*samples_of_question, strict=True)
+    ]
+
+
+def print_permutations(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the permutations of one question to the terminal."""
+    Console().print(permutation_table(rows))
+
+
+def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, report_to: Sequence[str]) -> None:
+    """Writes `permutations/step-N.jsonl` to the output folder, and a table to wandb or trackio if reported to."""
+    folder = Path(output_dir) / "permutations"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"step-{rows[0]['step']}.jsonl").write_text(lines, encoding="utf-8")
+    for backend in {"wandb", "trackio"} & set(report_to):
+        module = importlib.import_module(backend)
+        module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})

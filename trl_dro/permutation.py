@@ -1,0 +1,449 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+r"""The selector's distribution over document permutations: ids to tokens and back, exact sampling, log-probability.
+
+A permutation of K of n documents is written `[3] > [1] > [17]`. Writing is *constrained*: at every token only those
+continuations are allowed that lead to an id that exists and was not chosen yet. Where a single continuation is left
+the token is forced and costs nothing; where several are left (a *branch*) the model's probabilities are renormalised
+over them. The product over branches is therefore a proper distribution over the n!/(n-K)! permutations,
+\\( p(z \mid x) = \prod_t p(z_t \mid z_{<t}, x) \\) (equation 1 of https://huggingface.co/papers/2505.03075), whatever
+the tokenizer makes of the digits.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .likelihood import completion_logits, completion_logps, pad_rows, positions
+
+
+SelectorLikelihood = Literal["constrained", "full_vocabulary"]
+
+_BRACKETED = re.compile(r"\[\s*(\d{1,9})\s*\]")
+_NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
+
+
+class Branch(NamedTuple):
+    """A token of a written permutation that was chosen among several."""
+
+    position: int  # index into the completion's tokens
+    allowed: list[int]  # token ids that could have been written here
+    chosen: int  # index into `allowed`
+
+
+class PermutationSamples(NamedTuple):
+    r"""
+    Permutations drawn for a batch of questions.
+
+    Args:
+        permutations (`Tensor` of shape `(B, m, K)`):
+            Document ids as they are written in the prompt, from 1.
+        logps (`Tensor` of shape `(B, m)`):
+            \\( \log p(z) \\) in nats: constrained, at temperature 1.
+        proposal_logps (`Tensor` of shape `(B, m)`):
+            \\( \log q(z) \\) in nats: what was really sampled from, temperature and top-p included. Zero for greedy
+            permutations.
+    """
+
+    permutations: Tensor
+    logps: Tensor
+    proposal_logps: Tensor
+
+
+class ParsedPermutation(NamedTuple):
+    """Ids read from free text, and how many were dropped because they were out of range, repeated or surplus."""
+
+    permutation: list[int]
+    num_dropped: int
+
+
+class PermutationCodec:
+    """
+    Turns permutations into token ids and back, for any tokenizer that can tell the ids apart.
+
+    The segments (`[12]`, ` > `) are tokenised one by one and concatenated, in sampling and in scoring alike:
+    tokenising the whole string could merge `] >`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with an end-of-sequence token.
+        max_documents (`int`):
+            Highest id that can be written, from 1.
+        num_selected (`int`):
+            Number of documents in a permutation, K.
+
+    Raises:
+        `ValueError`: the tokenizer writes two ids alike, or has no end-of-sequence token, or K exceeds
+            `max_documents`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_documents: int, num_selected: int):
+        if not 1 <= num_selected <= max_documents:
+            raise ValueError(
+                f"num_selected={num_selected} must lie between 1 and the number of documents, {max_documents}"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token to end a permutation with: set tokenizer.eos_token")
+        self.max_documents = max_documents
+        self.num_selected = num_selected
+
+        def encode(segment: str) -> tuple[int, ...]:
+            return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
+
+        self.separator = encode(" > ")
+        self.end = (tokenizer.eos_token_id,)
+        self.id_tokens = {i: encode(f"[{i}]") for i in range(1, max_documents + 1)}
+        # For every beginning of an id, the ids that begin so and the token each continues with.
+        self.continuations: dict[tuple[int, ...], dict[int, int]] = {}
+        for i, tokens in self.id_tokens.items():
+            for length, token in enumerate(tokens):
+                self.continuations.setdefault(tokens[:length], {})[i] = token
+        self.id_of_tokens: dict[tuple[int, ...], int] = {}
+        for i, tokens in self.id_tokens.items():
+            if tokens in self.id_of_tokens or tokens in self.continuations:
+                other = self.id_of_tokens.get(tokens) or next(iter(self.continuations[tokens]))
+                raise ValueError(
+                    f"the tokenizer cannot tell document ids [{other}] and [{i}] apart (both begin with "
+                    f"{tokenizer.convert_ids_to_tokens(list(tokens))}): add '[', ']' and the numbers up to "
+                    f"{self.max_documents} to its vocabulary"
+                )
+            self.id_of_tokens[tokens] = i
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest written permutation, the end-of-sequence token included."""
+        longest_id = max(len(tokens) for tokens in self.id_tokens.values())
+        return self.num_selected * (longest_id + len(self.separator)) - len(self.separator) + len(self.end)
+
+    def encode(self, permutation: Sequence[int], num_documents: int | None = None) -> tuple[list[int], list[Branch]]:
+        """
+        Tokens of a permutation, the end-of-sequence token included, and the branches among them.
+
+        Args:
+            permutation (`list[int]`):
+                K distinct ids from 1 to `num_documents`.
+            num_documents (`int`, *optional*, defaults to `max_documents`):
+                Number of candidates of this question.
+
+        Returns:
+            `tuple[list[int], list[Branch]]`
+
+        Raises:
+            `ValueError`: wrong number of ids, repeated ids, or ids out of range.
+        """
+        writer = _Writer(self, num_documents or self.max_documents)
+        permutation = list(permutation)
+        if len(permutation) != self.num_selected or len(set(permutation)) != len(permutation):
+            raise ValueError(f"permutation {permutation} is not {self.num_selected} distinct ids")
+        if not set(permutation) <= writer.remaining:
+            raise ValueError(f"permutation {permutation} has ids outside 1..{len(writer.remaining)}")
+        branches = []
+        writer.write_forced()
+        while allowed := writer.allowed():
+            target = permutation[writer.num_chosen]
+            chosen = allowed.index(self.continuations[writer.prefix][target])
+            branches.append(Branch(len(writer.tokens), allowed, chosen))
+            writer.write(allowed[chosen])
+        return writer.tokens, branches
+
+    def decode(self, tokens: Sequence[int]) -> list[int]:
+        """
+        Permutation written by `tokens`, with or without the end-of-sequence token.
+
+        Raises:
+            `ValueError`: the tokens are not a complete permutation in this codec's form.
+        """
+        writer = _Writer(self, self.max_documents)
+        writer.write_forced()
+        while allowed := writer.allowed():
+            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else None
+            if token not in allowed:
+                break
+            writer.write(token)
+        if writer.allowed() or list(tokens) not in (writer.tokens, writer.tokens[:-1]):
+            raise ValueError(f"tokens {list(tokens)} do not write a permutation of {self.num_selected} ids")
+        return writer.permutation
+
+    @staticmethod
+    def text(permutation: Sequence[int]) -> str:
+        """Permutation as a reader sees it, `[3] > [1]`."""
+        return " > ".join(f"[{i}]" for i in permutation)
+
+
+class _Writer:
+    """One permutation while it is written token by token: what is written, what may come next."""
+
+    def __init__(self, codec: PermutationCodec, num_documents: int):
+        self.codec = codec
+        self.remaining = set(range(1, num_documents + 1))
+        self.permutation: list[int] = []
+        self.tokens: list[int] = []
+        self.prefix: tuple[int, ...] = ()  # tokens of the id that is being written
+
+    @property
+    def num_chosen(self) -> int:
+        return len(self.permutation)
+
+    def allowed(self) -> list[int]:
+        """Tokens that may come next; none when the permutation is complete."""
+        if self.num_chosen == self.codec.num_selected:
+            return []
+        continuations = self.codec.continuations[self.prefix]
+        return sorted({token for i, token in continuations.items() if i in self.remaining})
+
+    def write(self, token: int) -> list[int]:
+        """Writes a chosen token and all that it forces; returns them."""
+        start = len(self.tokens)
+        self._append(token)
+        self.write_forced()
+        return self.tokens[start:]
+
+    def write_forced(self) -> list[int]:
+        """Writes tokens until there is a choice or the permutation is complete; returns them."""
+        start = len(self.tokens)
+        while len(allowed := self.allowed()) == 1:
+            self._append(allowed[0])
+        return self.tokens[start:]
+
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.prefix = (*self.prefix, token)
+        if self.prefix in self.codec.continuations:
+            return
+        chosen = self.codec.id_of_tokens[self.prefix]
+        self.remaining.remove(chosen)
+        self.permutation.append(chosen)
+        self.prefix = ()
+        self.tokens.extend(self.codec.end if self.num_chosen == self.codec.num_selected else self.codec.separator)
+
+
+@torch.no_grad()
+def sample_permutations(
+    forward: Callable[..., Any],
+    codec: PermutationCodec,
+    prompts: Sequence[Sequence[int]],
+    num_documents: Sequence[int],
+    num_permutations: int,
+    pad_token_id: int,
+    device: torch.device,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+) -> PermutationSamples:
+    """
+    Draws permutations from the constrained distribution. Each prompt is prefilled once and its cache expanded to
+    `num_permutations` samples; a forced token never costs a forward of its own.
+
+    Args:
+        forward (`Callable`):
+            The selector: takes `input_ids`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache`,
+            `logits_to_keep`; returns `logits` and `past_key_values`. In evaluation mode: gradient checkpointing
+            would leave the cache empty.
+        codec ([`PermutationCodec`]):
+            Form in which permutations are written.
+        prompts (`list[list[int]]` of length `B`):
+            Selector prompts as token ids.
+        num_documents (`list[int]` of length `B`):
+            Number of candidates of each question.
+        num_permutations (`int`):
+            Samples per question, m.
+        pad_token_id (`int`):
+            Any valid token id: padding is masked.
+        device (`torch.device`):
+            Device of the model.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of the allowed tokens; above 1 explores.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Keeps the most probable allowed tokens whose tempered probabilities reach `top_p`.
+        greedy (`bool`, *optional*, defaults to `False`):
+            Take the most probable token at every branch instead of sampling.
+
+    Returns:
+        [`PermutationSamples`]
+    """
+    writers = [_Writer(codec, n) for n in num_documents for _ in range(num_permutations)]  # B * m, by question
+    forced = [writer.write_forced() for writer in writers]
+    # The tokens forced before the first choice are the same for all samples of a question: part of its prefill.
+    rows = [[*prompt, *forced[i * num_permutations]] for i, prompt in enumerate(prompts)]
+    input_ids, mask = pad_rows(rows, pad_token_id, device, side="left")
+    outputs = forward(
+        input_ids=input_ids,
+        attention_mask=mask.long(),
+        position_ids=positions(mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = outputs.past_key_values
+    cache.batch_repeat_interleave(num_permutations)
+    mask = mask.repeat_interleave(num_permutations, dim=0)  # [B * m, length]
+    logits = outputs.logits[:, -1].repeat_interleave(num_permutations, dim=0)  # [B * m, V]
+    logps = torch.zeros(len(writers), device=device)
+    proposal_logps = torch.zeros(len(writers), device=device)
+
+    while True:
+        choices = [writer.allowed() for writer in writers]
+        open_rows = [i for i, allowed in enumerate(choices) if allowed]
+        if not open_rows:
+            break
+        branch_logits, allowed_ids = _allowed_logits(logits[open_rows], [choices[i] for i in open_rows])
+        log_p = branch_logits.log_softmax(dim=-1)  # [open rows, most allowed tokens]
+        log_q = truncate_to_top_p((branch_logits / temperature).log_softmax(dim=-1), top_p)
+        chosen = log_p.argmax(dim=-1) if greedy else torch.multinomial(log_q.exp(), 1).squeeze(-1)
+        logps[open_rows] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        if not greedy:
+            proposal_logps[open_rows] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+        chosen_tokens = allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
+        written: list[list[int]] = [[] for _ in writers]
+        for i, token in zip(open_rows, chosen_tokens, strict=True):
+            written[i] = writers[i].write(token)
+        if not any(writer.allowed() for writer in writers):
+            break
+        # Rows move on at their own pace: those with fewer new tokens are padded on the left, in the cache too.
+        step_ids, step_mask = pad_rows(written, pad_token_id, device, side="left")
+        mask = torch.cat([mask, step_mask], dim=1)
+        outputs = forward(
+            input_ids=step_ids,
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, -step_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = outputs.logits[:, -1]
+
+    permutations = torch.tensor([writer.permutation for writer in writers], device=device)
+    shape = (len(prompts), num_permutations)
+    return PermutationSamples(permutations.view(*shape, -1), logps.view(shape), proposal_logps.view(shape))
+
+
+def permutation_logps(
+    forward: Callable[..., Any],
+    codec: PermutationCodec,
+    prompts: Sequence[Sequence[int]],
+    permutations: Sequence[Sequence[int]],
+    num_documents: Sequence[int],
+    pad_token_id: int,
+    device: torch.device,
+    likelihood: SelectorLikelihood = "constrained",
+) -> Tensor:
+    r"""
+    \\( \log p(z \mid x) \\) of given permutations, differentiable, one row per permutation.
+
+    Args:
+        forward (`Callable`):
+            The selector: takes `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep`; returns `logits`.
+        codec ([`PermutationCodec`]):
+            Form in which permutations are written.
+        prompts (`list[list[int]]` of length `R`):
+            Selector prompt of each row.
+        permutations (`list[list[int]]` of length `R`):
+            Ids from 1.
+        num_documents (`list[int]` of length `R`):
+            Number of candidates of each row.
+        pad_token_id (`int`):
+            Any valid token id: padding is masked.
+        device (`torch.device`):
+            Device of the model.
+        likelihood (`str`, *optional*, defaults to `"constrained"`):
+            `"constrained"` is the distribution that [`sample_permutations`] draws from. `"full_vocabulary"` is the
+            plain likelihood of the written tokens, end-of-sequence included, as in the paper: it also rewards
+            writing the format, and sums to less than 1 over permutations.
+
+    Returns:
+        `Tensor` of shape `(R,)`: nats, `float32`.
+    """
+    encoded = [codec.encode(z, n) for z, n in zip(permutations, num_documents, strict=True)]
+    completion = completion_logits(forward, prompts, [tokens for tokens, _ in encoded], pad_token_id, device)
+    if likelihood == "full_vocabulary":
+        return completion_logps(completion)
+    branches = [(row, branch) for row, (_, branches) in enumerate(encoded) for branch in branches]
+    rows = torch.tensor([row for row, _ in branches], dtype=torch.long, device=device)
+    columns = torch.tensor([branch.position for _, branch in branches], dtype=torch.long, device=device)
+    chosen = torch.tensor([branch.chosen for _, branch in branches], dtype=torch.long, device=device)
+    total = torch.zeros(len(encoded), device=device)
+    if not branches:  # a single document to choose from: probability 1, kept in the graph
+        return total + 0.0 * completion.logits.sum().float()
+    branch_logits, _ = _allowed_logits(completion.logits[rows, columns], [branch.allowed for _, branch in branches])
+    branch_logps = branch_logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return total.index_add(0, rows, branch_logps)
+
+
+def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]]], Tensor]:
+    """
+    Distinct permutations of each question, so that equal ones are scored once.
+
+    Args:
+        permutations (`Tensor` of shape `(B, m, K)`):
+            Ids from 1.
+
+    Returns:
+        `tuple[list[tuple[int, list[int]]], Tensor]`: the distinct pairs of question index and permutation, and for
+        every sample the index of its pair, of shape `(B, m)`.
+    """
+    index: dict[tuple[int, ...], int] = {}
+    inverse = [
+        [index.setdefault((question, *permutation), len(index)) for permutation in samples]
+        for question, samples in enumerate(permutations.tolist())
+    ]
+    pairs = [(question, list(permutation)) for question, *permutation in index]
+    return pairs, torch.tensor(inverse, device=permutations.device)
+
+
+def truncate_to_top_p(logps: Tensor, top_p: float) -> Tensor:
+    """
+    Renormalised log-probabilities of the smallest set of outcomes whose probabilities reach `top_p`; `-inf` elsewhere.
+
+    Args:
+        logps (`Tensor` of shape `(R, A)`):
+            Normalised log-probabilities.
+        top_p (`float`):
+            Between 0 (excluded) and 1 (everything is kept).
+
+    Returns:
+        `Tensor` of shape `(R, A)`
+    """
+    if top_p >= 1.0:
+        return logps
+    sorted_logps, order = logps.sort(dim=-1, descending=True)
+    mass_before = sorted_logps.exp().cumsum(dim=-1) - sorted_logps.exp()
+    outside = torch.zeros_like(logps, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+    return logps.masked_fill(outside, float("-inf")).log_softmax(dim=-1)
+
+
+def parse_permutation(text: str, num_documents: int, num_selected: int) -> ParsedPermutation:
+    """
+    Reads a permutation from another ranker's free text. Bracketed numbers are ids; without any, all numbers are.
+
+    Args:
+        text (`str`):
+            E.g. `"[3] > [1] > [3] > [99]"` or `"3, 1"`.
+        num_documents (`int`):
+            Number of candidates.
+        num_selected (`int`):
+            Longest permutation to return.
+
+    Returns:
+        [`ParsedPermutation`]: up to `num_selected` distinct valid ids in order, and the number of ids dropped.
+
+    Example:
+
+    ```python
+    >>> from trl_dro.permutation import parse_permutation
+
+    >>> parse_permutation("[3] > [1] > [3] > [99]", num_documents=20, num_selected=5)
+    ParsedPermutation(permutation=[3, 1], num_dropped=2)
+    ```
+    """
+    ids = [int(number) for number in _BRACKETED.findall(text) or _NUMBER.findall(text)]
+    valid = [i for i in dict.fromkeys(ids) if 1 <= i <= num_documents][:num_selected]
+    return ParsedPermutation(valid, len(ids) - len(valid))
+
+
+def _allowed_logits(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Logits `(R, A)` of the allowed tokens of each row, `-inf` in the padding, and their token ids `(R, A)`."""
+    ids, mask = pad_rows(allowed, 0, logits.device, side="right")
+    return logits.float().gather(-1, ids).masked_fill(~mask, float("-inf")), ids

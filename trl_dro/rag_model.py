@@ -1,0 +1,210 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+r"""The latent-variable model that DRO trains, \\( p(y \mid x) = \sum_z p(z \mid x) \, p(y \mid x, d_z) \\)
+(equation 2 of https://huggingface.co/papers/2505.03075): roles, tokenizers, prompts and codec put together.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .likelihood import completion_logits, completion_logps, pad_rows
+from .permutation import (
+    PermutationCodec,
+    PermutationSamples,
+    SelectorLikelihood,
+    permutation_logps,
+    sample_permutations,
+    unique_permutations,
+)
+from .prompts import PromptBuilder, answer_ids
+from .roles import Role, Roles
+
+
+class RAGModel:
+    r"""
+    Selector \\( p(z \mid x) \\) and generator \\( p(y \mid x, d_z) \\) over batches of questions.
+
+    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1.
+
+    Args:
+        roles ([`~roles.Roles`]):
+            The two models.
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizer of each role.
+        prompts (`dict[str, PromptBuilder]`):
+            Prompt builder of each role.
+        codec ([`~permutation.PermutationCodec`]):
+            Form in which the selector writes permutations.
+        device (`torch.device`):
+            Device of the models.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        tokenizers: dict[Role, PreTrainedTokenizerBase],
+        prompts: dict[Role, PromptBuilder],
+        codec: PermutationCodec,
+        device: torch.device,
+    ):
+        self.roles = roles
+        self.tokenizers = tokenizers
+        self.prompts = prompts
+        self.codec = codec
+        self.device = device
+        # Counted on the device: reading it at every forward would wait for the GPU.
+        self.num_tokens = torch.zeros((), dtype=torch.long, device=device)
+
+    def sample(
+        self,
+        questions: Sequence[dict[str, Any]],
+        num_permutations: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+    ) -> PermutationSamples:
+        """Permutations drawn from the selector, see [`~permutation.sample_permutations`]."""
+        return sample_permutations(
+            self._forward("selector"),
+            self.codec,
+            self._selector_prompts(questions),
+            [len(question["documents"]) for question in questions],
+            num_permutations,
+            self.tokenizers["selector"].pad_token_id,
+            self.device,
+            temperature,
+            top_p,
+            greedy,
+        )
+
+    def permutation_logps(
+        self,
+        questions: Sequence[dict[str, Any]],
+        permutations: Tensor,
+        likelihood: SelectorLikelihood = "constrained",
+        wrapped: nn.Module | None = None,
+    ) -> Tensor:
+        r"""
+        \\( \log p(z_i \mid x) \\), equal permutations computed once.
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+            permutations (`Tensor` of shape `(B, m, K)`):
+                Places in `documents`, from 1.
+            likelihood (`str`, *optional*, defaults to `"constrained"`):
+                See [`~permutation.permutation_logps`].
+            wrapped (`nn.Module`, *optional*):
+                Module through which gradients are averaged over processes.
+
+        Returns:
+            `Tensor` of shape `(B, m)`: nats.
+        """
+        pairs, inverse = unique_permutations(permutations)
+        prompts = self._selector_prompts(questions)
+        logps = permutation_logps(
+            self._forward("selector", wrapped),
+            self.codec,
+            [prompts[question] for question, _ in pairs],
+            [permutation for _, permutation in pairs],
+            [len(questions[question]["documents"]) for question, _ in pairs],
+            self.tokenizers["selector"].pad_token_id,
+            self.device,
+            likelihood,
+        )
+        return logps[inverse]
+
+    def answer_logps(
+        self,
+        questions: Sequence[dict[str, Any]],
+        targets: Sequence[Sequence[str]],
+        permutations: Tensor,
+        mean: bool = False,
+        wrapped: nn.Module | None = None,
+    ) -> Tensor:
+        r"""
+        \\( \log p(y \mid x, d_{z_i}) \\), equal permutations computed once.
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+            targets (`list[list[str]]` of length `B`):
+                Answers of each question; the likelihoods of several are added up.
+            permutations (`Tensor` of shape `(B, m, K)`):
+                Places in `documents`, from 1.
+            mean (`bool`, *optional*, defaults to `False`):
+                Average over an answer's tokens instead of summing.
+            wrapped (`nn.Module`, *optional*):
+                Module through which gradients are averaged over processes.
+
+        Returns:
+            `Tensor` of shape `(B, m)`: nats, or nats per token.
+        """
+        pairs, inverse = unique_permutations(permutations)
+        prompts = [self._generator_prompt(questions[question], permutation) for question, permutation in pairs]
+        rows = [(i, target) for i, (question, _) in enumerate(pairs) for target in targets[question]]
+        tokenizer = self.tokenizers["generator"]
+        completion = completion_logits(
+            self._forward("generator", wrapped),
+            [prompts[i] for i, _ in rows],
+            [answer_ids(tokenizer, target) for _, target in rows],
+            tokenizer.pad_token_id,
+            self.device,
+        )
+        aliases = completion_logps(completion, mean).split([len(targets[question]) for question, _ in pairs])
+        return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[dict[str, Any]], permutations: Tensor, max_answer_length: int) -> list[str]:
+        """
+        Greedy answers from the selected documents.
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+            permutations (`Tensor` of shape `(B, K)`):
+                Places in `documents`, from 1.
+            max_answer_length (`int`):
+                Tokens to generate at most.
+
+        Returns:
+            `list[str]`: stripped texts without special tokens.
+        """
+        tokenizer = self.tokenizers["generator"]
+        prompts = [
+            self._generator_prompt(question, permutation)
+            for question, permutation in zip(questions, permutations.tolist(), strict=True)
+        ]
+        input_ids, mask = pad_rows(prompts, tokenizer.pad_token_id, self.device, side="left")
+        model: Any = self.roles.module("generator")
+        declared = model.generation_config.eos_token_id
+        end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+        generated = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            # A config of its own: the model's may sample, as Llama's does.
+            generation_config=GenerationConfig(
+                max_new_tokens=max_answer_length,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(end_tokens),
+            ),
+        )
+        texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _selector_prompts(self, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
+        return [self.prompts["selector"](question["question"], question["documents"]) for question in questions]
+
+    def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
+        return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
+
+    def _forward(self, role: Role, wrapped: nn.Module | None = None) -> Callable[..., Any]:
+        def forward(**inputs):
+            self.num_tokens += inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].sum()
+            return self.roles.forward(role, wrapped, **inputs)
+
+        return forward
