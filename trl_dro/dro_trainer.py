@@ -454,7 +454,7 @@ class DROTrainer(_BaseTrainer):
 
         if self.args.log_permutations:
             self._shown_permutations = permutation_rows(
-                self.state.global_step, questions, estimate.targets, samples, estimate.answer_logps, weights
+                self.state.global_step + 1, questions, estimate.targets, samples, estimate.answer_logps, weights
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -507,7 +507,7 @@ class DROTrainer(_BaseTrainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.rag.num_tokens.zero_()
         per_question = torch.cat(scores)  # [questions, metrics]
-        means = dict(zip(names, per_question.mean(dim=0).tolist(), strict=True))
+        means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(per_question))
 
@@ -532,8 +532,10 @@ class DROTrainer(_BaseTrainer):
         targets = [question["answers"][:1] for question in questions]
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
         correction = samples.logps - samples.proposal_logps
-        scores["elbo"] = elbo(answer_logps, correction)
-        scores["iwae_bound"] = iwae_bound(answer_logps, correction)
+        usable = (answer_logps + correction).isfinite().all(dim=-1)
+        for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
+            scores[name] = torch.full_like(scores["em"], float("nan"))  # left out of the mean
+            scores[name][usable] = bound(answer_logps[usable], correction[usable])
         scores["loss"] = -scores["iwae_bound"]
         return scores
 

@@ -6,15 +6,10 @@ attention starts out with the two habits that small transformers need longest to
 nearest tokens, the second one looks for positions whose surroundings resemble its own. Everything else is random.
 """
 
-import math
-import random
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -45,9 +40,7 @@ def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     words |= {word for word, _ in split.pre_tokenize_str(SELECTOR_TEMPLATE + GENERATOR_TEMPLATE)}
     ids = [f"[{i}]" for i in range(1, MAX_ID + 1)]
     vocabulary = ["<pad>", "<eos>", "<unk>", ">", *ids, *sorted(words - {">", *ids})]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
@@ -61,7 +54,15 @@ def tiny_llama(
     num_heads: int = 4,
     max_length: int = 512,
     seed: int = 0,
-    loc: float = 0.2, match: float = 1.0, vo: float = 3.0, flo=0.02, fhi=0.3, theta=10000.0, noise=0.02, vo2=3.0,
+    loc: float = 0.2,
+    match: float = 1.0,
+    vo: float = 3.0,
+    flo=0.02,
+    fhi=0.3,
+    theta=10000.0,
+    noise=0.02,
+    vo2=3.0,
+    ir=0.05,
 ) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -73,6 +74,7 @@ def tiny_llama(
         max_position_embeddings=max_length,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=True,
+        initializer_range=ir,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -80,28 +82,37 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        h=hidden_size; hd=h//num_heads
+        h = hidden_size
+        hd = h // num_heads
         with torch.no_grad():
-            u=torch.randn(h); u/=u.norm()
-            P=torch.eye(h)-torch.outer(u,u)
-            e=torch.randn(len(tokenizer),h)@P; e/=e.norm(dim=1,keepdim=True)
-            model.model.embed_tokens.weight.copy_(e+u)
-            freq=theta**(-torch.arange(0,hd,2)/hd)
-            for i,l in enumerate(model.model.layers):
-                s=l.self_attn
-                for x in (s.q_proj,s.k_proj,s.v_proj,s.o_proj): x.weight.normal_(0,noise)
-                w=torch.empty(h,h); torch.nn.init.orthogonal_(w)
-                if i<1:
-                    amp=((freq>flo)&(freq<fhi)).float()
-                    vec=torch.cat([amp,torch.zeros_like(amp)]).repeat(num_heads)
-                    width=torch.linspace(1.,2.,num_heads).repeat_interleave(hd)
-                    w=torch.outer(vec*width,u)*loc
+            u = torch.randn(h)
+            u /= u.norm()
+            P = torch.eye(h) - torch.outer(u, u)
+            e = torch.randn(len(tokenizer), h) @ P
+            e /= e.norm(dim=1, keepdim=True)
+            model.model.embed_tokens.weight.copy_(e + u)
+            freq = theta ** (-torch.arange(0, hd, 2) / hd)
+            for i, l in enumerate(model.model.layers):
+                s = l.self_attn
+                for x in (s.q_proj, s.k_proj, s.v_proj, s.o_proj):
+                    x.weight.normal_(0, noise)
+                w = torch.empty(h, h)
+                torch.nn.init.orthogonal_(w)
+                if i < 1:
+                    amp = ((freq > flo) & (freq < fhi)).float()
+                    vec = torch.cat([amp, torch.zeros_like(amp)]).repeat(num_heads)
+                    width = torch.linspace(1.0, 2.0, num_heads).repeat_interleave(hd)
+                    w = torch.outer(vec * width, u) * loc
                 else:
-                    low=(freq*60<1.5).float(); low=torch.cat([low,low]).repeat(num_heads)[:,None]
-                    w=w*(low+0.1)*match@P
-                s.q_proj.weight+=w; s.k_proj.weight+=w
-                torch.nn.init.orthogonal_(w); w=w@P
-                s.v_proj.weight+=w; s.o_proj.weight+=(vo if i<1 else vo2)*w.T
+                    low = (freq * 60 < 1.5).float()
+                    low = torch.cat([low, low]).repeat(num_heads)[:, None]
+                    w = w * (low + 0.1) * match @ P
+                s.q_proj.weight += w
+                s.k_proj.weight += w
+                torch.nn.init.orthogonal_(w)
+                w = w @ P
+                s.v_proj.weight += w
+                s.o_proj.weight += (vo if i < 1 else vo2) * w.T
     return model
 
 
