@@ -3,6 +3,7 @@ import itertools
 import json
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -509,10 +510,10 @@ def test_logs_name_every_quantity(make_trainer):
     trainer = make_trainer()
     trainer.train()
     expected = {
-        "loss", "selector/loss", "generator/loss", "elbo", "iwae_bound", "ess", "weight_entropy", "unique_permutations",
-        "selector/entropy", "selector/grad_norm", "generator/grad_norm", "tiny_likelihood_share", "masked_questions",
-        "tokens_per_second", "e_step_seconds", "m_step_seconds", "grad_norm", "learning_rate",
-    }  # fmt: skip
+        *("loss", "selector/loss", "generator/loss", "grad_norm", "selector/grad_norm", "generator/grad_norm"),
+        *("elbo", "iwae_bound", "ess", "weight_entropy", "unique_permutations", "selector/entropy", "learning_rate"),
+        *("tiny_likelihood_share", "masked_questions", "tokens_per_second", "e_step_seconds", "m_step_seconds"),
+    }
     for logs in trainer.state.log_history[:4]:
         assert expected <= set(logs)
         assert logs["loss"] == pytest.approx(logs["selector/loss"] + logs["generator/loss"], rel=1e-4)
@@ -526,7 +527,8 @@ def test_permutations_are_shown_and_kept(make_trainer, capsys):
     trainer = make_trainer(log_permutations=True, max_steps=1)
     trainer.train()
     assert "weight" in capsys.readouterr().out
-    rows = [json.loads(line) for line in open(f"{trainer.args.output_dir}/permutations/step-1.jsonl")]
+    text = Path(trainer.args.output_dir, "permutations", "step-1.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 2 * 4
     assert sum(row["weight"] for row in rows[:4]) == pytest.approx(1)
 

@@ -52,7 +52,7 @@ def test_written_permutation_reads_as_text(kind):
 def test_branches_are_where_a_choice_is_left():
     codec = PermutationCodec(bpe_tokenizer(split_digits=True), max_documents=12, num_selected=2)
     tokens, branches = codec.encode([1, 12])
-    # "1" against "2".."9", then "]" against "0", "1", "2"; then "1" or another digit, then "0", "1" or "2" ("]" is used).
+    # "1" against "2".."9", then "]" against "0", "1", "2"; again, and then without the "]" of the used [1].
     assert [len(branch.allowed) for branch in branches] == [9, 4, 9, 3]
     assert [tokens[branch.position] for branch in branches] == [b.allowed[b.chosen] for b in branches]
     _, branches = codec.encode([2, 1], num_documents=2)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Direct Retrieval-augmented Optimization (DRO) for TRL: selector and generator trained on the right answer's likelihood."""
+"""Direct Retrieval-augmented Optimization (DRO) for TRL: both roles of a RAG system trained on the right answer."""
 
 from .dro_config import DROConfig
 from .dro_trainer import DROTrainer

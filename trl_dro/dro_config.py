@@ -67,8 +67,8 @@ class DROConfig(_BaseConfig):
             Log-likelihood of an answer as the `"sum"` of its tokens' (the paper's formula) or their `"mean"` (a
             tempered weight, as in the authors' code).
         answer_target (`str`, *optional*, defaults to `"first"`):
-            Which of the `answers` is the target: the `"first"`, a `"random"` one for each E-step, or `"all"`, the sum of
-            their likelihoods.
+            Which of the `answers` is the target: the `"first"`, a `"random"` one for each E-step, or `"all"`, whose
+            likelihoods are summed.
         weight_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the importance weights; above 1 flattens them.
         steps_per_estimation (`int`, *optional*, defaults to `1`):
@@ -276,7 +276,8 @@ class DROConfig(_BaseConfig):
         if self.selector_estimator == "vimco":
             if self.num_permutations < 2:
                 raise ValueError(
-                    "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 or more"
+                    "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
+                    "or more"
                 )
             if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
                 raise ValueError(

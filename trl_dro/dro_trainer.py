@@ -117,7 +117,7 @@ class DROTrainer(_BaseTrainer):
             Base model of the selector, when it is not the generator's.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks added to the default ones.
-        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of AdamW and a linear schedule.
 
     Raises:
@@ -137,7 +137,8 @@ class DROTrainer(_BaseTrainer):
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{shi2025direct,
-                title  = {{Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models}},
+                title  = {{Direct Retrieval-augmented Optimization:
+                          Synergizing Knowledge Selection and Language Models}},
                 author = {Shi, Zhengliang and others},
                 year   = 2025,
                 eprint = {arXiv:2505.03075},

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Models and tokenizers by Hub id, folder or instance, and what can be known of them before weights are loaded."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,9 +24,11 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig) -> Any:
         raise ValueError(
             "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
         )
-    revision = (args.model_init_kwargs or {}).get("revision")
     return AutoTokenizer.from_pretrained(
-        source, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
+        source,
+        revision=_init_kwargs(args).get("revision"),
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -53,7 +55,7 @@ def load_model(
     """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
     if not isinstance(model, str):
         return model
-    kwargs = dict(args.model_init_kwargs or {})
+    kwargs = _init_kwargs(args)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     # One process, one device: "auto" would spread the model over all GPUs.
@@ -63,10 +65,15 @@ def load_model(
     return create_model_from_path(model, **kwargs)
 
 
+def _init_kwargs(args: DROConfig) -> dict[str, Any]:
+    # The config's type allows a JSON string, which its constructor has parsed.
+    return dict(cast(dict, args.model_init_kwargs or {}))
+
+
 def context_length(model: str | PreTrainedModel, args: DROConfig) -> int | None:
     """Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit."""
     if isinstance(model, str):
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = _init_kwargs(args).get("revision")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
         config = model.config
@@ -115,8 +122,9 @@ def load_tokenizers(
 ) -> dict[Role, PreTrainedTokenizerBase]:
     """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
     generator_tokenizer = _prepare_tokenizer(processing_class or _load_tokenizer(model, args))
-    own = isinstance(selector_model, str) or (selector_model is not None and processing_class is None)
-    selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args)) if own else generator_tokenizer
+    selector_tokenizer = generator_tokenizer
+    if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
+        selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args))
     return {"selector": selector_tokenizer, "generator": generator_tokenizer}
 
 
@@ -141,7 +149,7 @@ def build_prompts(
             args.num_selected,
             max_length=_prompt_limit(role, contexts[role], completion_lengths[role], args.max_prompt_length),
             max_document_length=args.max_document_length,
-            chat_template_kwargs=args.chat_template_kwargs,
+            chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}),
         )
         for role in ROLES
     }

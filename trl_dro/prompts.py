@@ -138,7 +138,7 @@ class PromptBuilder:
             elif self.tokenizer.is_fast:
                 truncated.append(body[: encoded["offset_mapping"][i][limit - 1][1]])
             else:
-                truncated.append(self.tokenizer.decode(ids[:limit]))
+                truncated.append(str(self.tokenizer.decode(ids[:limit])))
         return truncated
 
     def _encode_prompt(self, question: Question, bodies: list[str]) -> list[int]:
@@ -240,7 +240,7 @@ def render(template: Template, fields: dict[str, Any]) -> str | list[dict[str, s
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of an answer and the end-of-sequence token, encoded apart from the prompt so that no token spans both."""
+    """Token ids of an answer and its end, encoded apart from the prompt so that no token spans both."""
     return [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
 
 

@@ -34,7 +34,10 @@ class RolePair(nn.Module):
             Model of the generator.
     """
 
-    def __init__(self, selector: nn.Module, generator: nn.Module):
+    selector: PreTrainedModel | PeftModel
+    generator: PreTrainedModel | PeftModel
+
+    def __init__(self, selector: PreTrainedModel | PeftModel, generator: PreTrainedModel | PeftModel):
         super().__init__()
         self.selector = selector
         self.generator = generator
@@ -47,12 +50,12 @@ class RolePair(nn.Module):
         return self.get_submodule(role)(**inputs)
 
     def gradient_checkpointing_enable(self, **kwargs):
-        for role in ROLES:
-            self.get_submodule(role).gradient_checkpointing_enable(**kwargs)
+        for model in (self.selector, self.generator):
+            model.gradient_checkpointing_enable(**kwargs)
 
     def activation_checkpointing_enable(self, **kwargs):
-        for role in ROLES:
-            self.get_submodule(role).activation_checkpointing_enable(**kwargs)
+        for model in (self.selector, self.generator):
+            model.activation_checkpointing_enable(**kwargs)
 
 
 def prepare_role_model(
@@ -68,7 +71,7 @@ def prepare_role_model(
     | given | `None` | one base with adapters `selector` and `generator` |
     | given | given | two bases with one adapter each |
     | `None` | given | two full models |
-    | `None` | `None` | two full models, the selector a copy of `model`; or `model` itself if it already has both adapters |
+    | `None` | `None` | two full models, the selector a copy of `model` (or `model` itself if it has both adapters) |
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -172,7 +175,7 @@ class Roles:
         return wrapped(**inputs) if self.shared else wrapped(role, **inputs)
 
     def named_parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
-        """The role's own parameters, under their names in the module that holds both: adapter weights or a full model's."""
+        """The role's own parameters (its adapter or its full model), by their names in the module of both."""
         if self.shared:
             return [(n, p) for n, p in self.model.named_parameters() if role in n.split(".")]
         adapters = isinstance(self.model.get_submodule(role), PeftModel)
@@ -193,10 +196,9 @@ class Roles:
         """Writes `folder/selector` and `folder/generator` as safetensors, each loadable on its own."""
         folder = Path(folder)
         if isinstance(self.model, RolePair):
-            for role in ROLES:
-                module = self.model.get_submodule(role)
+            for role, module in (("selector", self.model.selector), ("generator", self.model.generator)):
                 # peft adds the adapter's name to the path by itself.
-                module.save_pretrained(folder if isinstance(module, PeftModel) else folder / role)
+                module.save_pretrained(str(folder if isinstance(module, PeftModel) else folder / role))
         else:
             self.model.save_pretrained(str(folder), selected_adapters=list(ROLES))
 

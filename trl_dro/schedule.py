@@ -97,7 +97,7 @@ class EstimationSampler:
         batches = [self._deal(order[i * size : (i + 1) * size]) for i in range(self.num_micro_batches)]
         blocks = [batches[i : i + self.block_size] for i in range(0, len(batches), self.block_size)]
         for i, block in enumerate(blocks):
-            for visit in range(self.maximization_epochs):
+            for _ in range(self.maximization_epochs):
                 for position in range(len(block)):
                     yield [MicroBatch(block, self.epoch * len(blocks) + i, position)]
 
