@@ -2,6 +2,8 @@
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import torch
+
 from ._trl_compat import _BaseConfig
 from .importance import SelectorEstimator
 from .permutation import SelectorLikelihood
@@ -108,7 +110,8 @@ class DROConfig(_BaseConfig):
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
-    > `num_train_epochs` 5 are the paper's; `remove_unused_columns` is `False`.
+    > `num_train_epochs` 5 are the paper's; `remove_unused_columns` is `False`; `bf16` is off on a machine without an
+    > accelerator.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "chat_template_kwargs"]
@@ -227,6 +230,9 @@ class DROConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        # TRL's default of bf16 is an error on a machine without an accelerator.
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()

@@ -137,10 +137,10 @@ def selector_coefficients(
 
     - `"rws"`: \\( c_i = w_i \\) (equation 8 of [4]). Its expectation tends to \\( \nabla \log p(y \mid x) \\), with
       a bias of \\( O(1/m) \\).
-    - `"rws_centered"`: \\( w_i \\) minus the self-normalised \\( p(z_i)/q(z_i) \\), which is \\( 1/m \\) when q = p. Then
-      its expectation is that of `rws`, with far less noise.
-    - `"vimco"`: \\( \hat L - \hat L_{-i} \\), the IWAE bound minus the one with sample i replaced by the geometric mean
-      of the others. Its expectation is the gradient of the IWAE bound for every m of 2 or more. It needs q = p.
+    - `"rws_centered"`: \\( w_i \\) minus the self-normalised \\( p(z_i)/q(z_i) \\), which is \\( 1/m \\) when q = p.
+      Then its expectation is that of `rws`, with far less noise.
+    - `"vimco"`: \\( \hat L - \hat L_{-i} \\), the IWAE bound minus the one with sample i replaced by the geometric
+      mean of the others. Its expectation is the gradient of the IWAE bound for every m of 2 or more. It needs q = p.
 
     At `m = 1` `rws` has an expected gradient of zero (it is noise), `rws_centered` is zero, `vimco` does not exist.
 

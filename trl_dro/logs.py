@@ -126,3 +126,41 @@ def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, re
     for backend in {"wandb", "trackio"} & set(report_to):
         module = importlib.import_module(backend)
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})
+
+
+def comparison_table(before: dict[str, float], after: dict[str, float], prefix: str = "eval_") -> Table:
+    """
+    Table of two evaluations of the same questions, with the retriever's own recall beside the selector's.
+
+    Args:
+        before (`dict[str, float]`):
+            Output of `DROTrainer.evaluate` before training.
+        after (`dict[str, float]`):
+            The same after training.
+        prefix (`str`, *optional*, defaults to `"eval_"`):
+            Prefix of the metrics' names.
+
+    Returns:
+        [`~rich.table.Table`]: percentages, and bounds in nats.
+    """
+    table = Table(title="Evaluation", title_justify="left")
+    table.add_column("")
+    for heading in ("retriever", "before", "after", "change"):
+        table.add_column(heading, justify="right")
+    shares = {"em": "exact match, %", "f1": "F1, %"}
+    names = [name.removeprefix(prefix) for name in before]
+    shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in names if name.startswith("recall@")}
+    for name, label in shares.items():
+        retriever = before.get(f"{prefix}retriever_{name}")
+        old, new = 100 * before[prefix + name], 100 * after[prefix + name]
+        first = "" if retriever is None else f"{100 * retriever:.1f}"
+        table.add_row(label, first, f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}")
+    for name, label in (("elbo", "ELBO, nats"), ("iwae_bound", "IWAE bound, nats")):
+        old, new = before[prefix + name], after[prefix + name]
+        table.add_row(label, "", f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}")
+    return table
+
+
+def print_comparison(before: dict[str, float], after: dict[str, float]) -> None:
+    """Prints [`comparison_table`] to the terminal."""
+    Console().print(comparison_table(before, after))
