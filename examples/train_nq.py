@@ -51,7 +51,7 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset with candidates: a Hub id, a folder of `save_to_disk`, or a jsonl or parquet file."},
+        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
@@ -90,7 +90,7 @@ def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelCo
     set_seed(training_args.seed)
     model, tokenizer = model_args.model_name_or_path, None
     if data_args.dataset_name is None and data_args.questions is None:
-        model, tokenizer, train_dataset, eval_dataset = demo_system(training_args)
+        model, tokenizer, train_dataset, eval_dataset = demo_system(seed=training_args.seed)
     else:
         train_dataset, eval_dataset = load_data(data_args, training_args.max_candidates)
         if model is None:

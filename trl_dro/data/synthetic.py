@@ -1,3 +1,4 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A small invented world for demos and tests: people, facts about them, and a retriever that is easily confused.
 
 Every record is drawn afresh, so no fact holds in two records and nothing can be memorised: the answer is only in the
@@ -71,7 +72,7 @@ RELATIONS = (
 
 
 def synthetic_world(
-    num_train: int, num_eval: int, num_documents: int = 5, seed: int = 0, retriever_noise: float = 2.0
+    num_train: int, num_eval: int, num_documents: int = 5, seed: int = 0, retriever_noise: float = 4.0
 ) -> tuple[Dataset, Dataset]:
     """Draws a training and an evaluation set of questions with retrieved documents.
 
@@ -83,7 +84,7 @@ def synthetic_world(
         num_eval (`int`): number of evaluation records.
         num_documents (`int`, *optional*, defaults to `5`): documents per record, from 2 to 20.
         seed (`int`, *optional*, defaults to `0`): the same seed gives the same records.
-        retriever_noise (`float`, *optional*, defaults to `2.0`): standard deviation of the noise in the retriever's
+        retriever_noise (`float`, *optional*, defaults to `4.0`): standard deviation of the noise in the retriever's
             score, in units of the lead that the right document has over a distractor. `0` always ranks the right
             document first, large values rank it uniformly at random.
 

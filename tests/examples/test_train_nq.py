@@ -1,0 +1,88 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig, TrlParser
+
+from trl_dro import DROConfig
+from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_nq", ROOT / "examples" / "train_nq.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(script, *arguments):
+    parser = TrlParser((script.DataArguments, DROConfig, ModelConfig))
+    return parser.parse_args_and_config([*map(str, arguments), "--report_to", "none", "--use_cpu"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six questions and thirty passages in the jsonl form of the real samples."""
+    questions = [{"id": f"q{i}", "question": f"who wrote book {i}", "golden_answers": [f"Anna {i}"]} for i in range(6)]
+    corpus = [
+        {"id": f"p{i}", "title": f"Book {i}", "text": f"The book {i} was written by Anna {i}."} for i in range(30)
+    ]
+    for name, rows in (("questions", questions), ("corpus", corpus)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(script, recipe, monkeypatch):
+    # A recipe for a GPU asks for what this machine may lack.
+    _, args, _ = parse(
+        script, "--config", recipe, "--bf16", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"
+    )
+    assert isinstance(args, DROConfig)
+
+
+def test_demo_recipe_has_the_prompts_that_the_tiny_model_is_warmed_up_with(script):
+    _, args, _ = parse(script, "--config", script.DEMO_RECIPE)
+    assert (args.selector_template, args.generator_template) == (SELECTOR_TEMPLATE, GENERATOR_TEMPLATE)
+
+
+def test_questions_and_a_corpus_train_and_evaluate(script, files, capsys):
+    arguments = parse(
+        script,
+        *("--questions", files / "questions.jsonl", "--eval_questions", files / "questions.jsonl"),
+        *("--corpus", files / "corpus.jsonl", "--output_dir", files / "run"),
+        *("--max_steps", 2, "--logging_steps", 1, "--num_permutations", 2, "--use_peft", "--save_strategy", "no"),
+        *("--max_candidates", 6, "--max_answer_length", 16),
+    )
+    script.main(*arguments)
+    output = capsys.readouterr().out
+    assert "Recall@5, %" in output and "'ess'" in output
+    for role in ("selector", "generator"):
+        assert (files / "run" / role / "adapter_model.safetensors").is_file()
+
+
+def test_real_questions_train(script, shared_data, tmp_path, capsys):
+    nq = shared_data / "nq"
+    (tmp_path / "train.jsonl").write_text("".join((nq / "train.jsonl").open().readlines()[:8]))
+    arguments = parse(
+        script,
+        *("--questions", tmp_path / "train.jsonl", "--corpus", nq / "corpus.jsonl", "--output_dir", tmp_path / "run"),
+        *("--max_steps", 2, "--logging_steps", 1, "--num_permutations", 2, "--use_peft", "--save_strategy", "no"),
+        *("--max_document_length", 40, "--per_device_train_batch_size", 2),
+    )
+    script.main(*arguments)
+    assert "'elbo'" in capsys.readouterr().out
+
+
+def test_half_given_data_is_refused(script):
+    with pytest.raises(ValueError, match="--questions and --corpus go together"):
+        script.DataArguments(questions="train.jsonl")
+    with pytest.raises(ValueError, match="has candidates already"):
+        script.DataArguments(dataset_name="nq", questions="train.jsonl", corpus="corpus.jsonl")

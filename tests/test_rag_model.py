@@ -1,0 +1,186 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import GenerationConfig
+
+from trl_dro.permutation import PermutationCodec
+from trl_dro.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
+from trl_dro.rag_model import RAGModel
+from trl_dro.roles import ROLES, Roles, prepare_role_model
+
+from .tiny_models import bpe_tokenizer, tiny_llama
+
+
+CPU = torch.device("cpu")
+TOKENIZER = bpe_tokenizer(split_digits=False)
+QUESTIONS = [
+    {
+        "question": question,
+        "documents": [{"title": f"number {i}", "text": f"born in {1900 + i} " * (i + 1)} for i in range(n)],
+    }
+    for question, n in (("who wrote the book?", 4), ("the year?", 3))
+]
+
+
+@pytest.fixture
+def rag():
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    roles = Roles(prepare_role_model(tiny_llama(TOKENIZER), peft_config=config))
+    for role in ROLES:
+        for _, parameter in roles.named_parameters(role):
+            parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    roles.model.eval()
+    templates = {"selector": SELECTOR_TEMPLATE, "generator": GENERATOR_TEMPLATE}
+    prompts = {role: PromptBuilder(TOKENIZER, templates[role], 2) for role in ROLES}
+    return RAGModel(roles, dict.fromkeys(ROLES, TOKENIZER), prompts, PermutationCodec(TOKENIZER, 4, 2), CPU)
+
+
+@pytest.fixture
+def shapes(rag, monkeypatch):
+    """Role, rows and tokens of every forward."""
+    seen = []
+    forward = rag.roles.forward
+
+    def recording(role, wrapped=None, **inputs):
+        seen.append((role, len(inputs["input_ids"])))
+        return forward(role, wrapped, **inputs)
+
+    monkeypatch.setattr(rag.roles, "forward", recording)
+    return seen
+
+
+PERMUTATIONS = torch.tensor([[[1, 2], [1, 2], [2, 1], [1, 2]], [[3, 1], [3, 1], [3, 1], [3, 1]]])
+
+
+def test_equal_permutations_are_computed_once(rag, shapes):
+    with torch.no_grad():
+        selector = rag.permutation_logps(QUESTIONS, PERMUTATIONS)
+        generator = rag.answer_logps(QUESTIONS, [["Anna"], ["1907"]], PERMUTATIONS)
+    assert shapes == [("selector", 3), ("generator", 3)]
+    for logps in (selector, generator):
+        assert logps.shape == (2, 4)
+        assert logps[0, 0] == logps[0, 1] == logps[0, 3] != logps[0, 2]
+        assert (logps[1] == logps[1, 0]).all()
+
+
+def test_permutations_that_occur_often_have_as_large_a_gradient(rag):
+    rag.permutation_logps(QUESTIONS[:1], torch.tensor([[[1, 2]] * 3])).sum().backward()
+    repeated = [p.grad.clone() for _, p in rag.roles.named_parameters("selector")]
+    rag.roles.model.zero_grad()
+    (3 * rag.permutation_logps(QUESTIONS[:1], torch.tensor([[[1, 2]]]))).sum().backward()
+    for (_, parameter), gradient in zip(rag.roles.named_parameters("selector"), repeated, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_answer_is_scored_after_the_selected_documents_in_their_order(rag):
+    question = QUESTIONS[0]
+    prompt = rag.prompts["generator"](question["question"], [question["documents"][2], question["documents"][0]])
+    completion = answer_ids(TOKENIZER, "Anna Brown")
+    with torch.no_grad():
+        logits = rag.roles.forward("generator", input_ids=torch.tensor([prompt + completion])).logits
+        expected = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum()
+        actual = rag.answer_logps([question], [["Anna Brown"]], torch.tensor([[[3, 1]]]))
+        other = rag.answer_logps([question], [["Anna Brown"]], torch.tensor([[[1, 3]]]))
+    assert actual.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert abs(other.item() - expected.item()) > 1e-3
+
+
+def test_aliases_are_added_up_question_by_question(rag, shapes):
+    targets = [["Anna", "Anna Brown", "Brown"], ["1907"]]
+    with torch.no_grad():
+        total = rag.answer_logps(QUESTIONS, targets, PERMUTATIONS)
+        parts = [rag.answer_logps(QUESTIONS[:1], [[alias]], PERMUTATIONS[:1]) for alias in targets[0]]
+        last = rag.answer_logps(QUESTIONS[1:], [["1907"]], PERMUTATIONS[1:])
+    assert shapes[0] == ("generator", 2 * 3 + 1)
+    torch.testing.assert_close(total[:1], torch.stack(parts).logsumexp(0), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(total[1:], last, atol=1e-4, rtol=1e-5)
+
+
+def test_questions_do_not_see_each_other_in_a_batch(rag):
+    with torch.no_grad():
+        together = rag.permutation_logps(QUESTIONS, PERMUTATIONS)
+        alone = [rag.permutation_logps([QUESTIONS[i]], PERMUTATIONS[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-5)
+
+
+def test_sampled_permutations_stay_within_each_questions_documents(rag):
+    samples = rag.sample(QUESTIONS, 64)
+    assert samples.permutations.shape == (2, 64, 2)
+    assert set(samples.permutations[0].flatten().tolist()) == {1, 2, 3, 4}
+    assert set(samples.permutations[1].flatten().tolist()) <= {1, 2, 3}
+
+
+def test_samples_have_the_likelihood_that_scoring_gives_them(rag):
+    samples = rag.sample(QUESTIONS, 8, temperature=1.4)
+    with torch.no_grad():
+        scored = rag.permutation_logps(QUESTIONS, samples.permutations)
+    torch.testing.assert_close(samples.logps, scored, atol=2e-5, rtol=1e-5)
+
+
+def greedy_tokens(rag, question, permutation, max_answer_length):
+    """Greedy answer by the book: one unpadded row, no cache."""
+    tokens = rag.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
+    start = len(tokens)
+    with torch.no_grad():
+        while len(tokens) - start < max_answer_length and TOKENIZER.eos_token_id not in tokens[start:]:
+            logits = rag.roles.forward("generator", input_ids=torch.tensor([tokens])).logits
+            tokens.append(logits[0, -1].argmax().item())
+    return tokens[start:]
+
+
+def text_of(tokens):
+    return TOKENIZER.decode(tokens, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("max_answer_length", [1, 12])
+def test_answer_is_the_greedy_continuation(rag, max_answer_length):
+    answers = rag.answer(QUESTIONS, torch.tensor([[3, 1], [2, 3]]), max_answer_length)
+    assert answers == [
+        text_of(greedy_tokens(rag, question, permutation, max_answer_length))
+        for question, permutation in zip(QUESTIONS, ([3, 1], [2, 3]), strict=True)
+    ]
+
+
+def test_answer_does_not_sample_though_the_models_own_config_does(rag):
+    expected = rag.answer(QUESTIONS, torch.tensor([[3, 1], [2, 3]]), 12)
+    rag.roles.model.generation_config.update(do_sample=True, temperature=5.0, top_k=0)
+    for _ in range(3):
+        assert rag.answer(QUESTIONS, torch.tensor([[3, 1], [2, 3]]), 12) == expected
+
+
+def test_answer_ends_at_any_end_token_that_the_model_declares(rag):
+    tokens = greedy_tokens(rag, QUESTIONS[0], [3, 1], 12)
+    end = tokens[4]
+    expected = text_of(tokens[: tokens.index(end) + 1])
+    assert expected != text_of(tokens)
+    for declared in (end, [end, TOKENIZER.eos_token_id]):
+        rag.roles.model.generation_config = GenerationConfig(eos_token_id=declared)
+        assert rag.answer(QUESTIONS[:1], torch.tensor([[3, 1]]), 12) == [expected]
+
+
+def test_tokens_are_counted_without_padding(rag):
+    prompts = [rag.prompts["generator"](q["question"], q["documents"][:2]) for q in QUESTIONS]
+    assert len(prompts[0]) != len(prompts[1])
+    targets = [["Anna"], ["Anna Brown"]]
+    with torch.no_grad():
+        rag.answer_logps(QUESTIONS, targets, torch.tensor([[[1, 2]], [[1, 2]]]))
+    expected = sum(map(len, prompts)) + sum(len(answer_ids(TOKENIZER, target)) for [target] in targets)
+    assert rag.num_tokens.item() == expected
+
+
+def test_cached_steps_count_their_new_tokens_only(rag):
+    rag.sample(QUESTIONS, 8)
+    prompts = sum(len(rag.prompts["selector"](q["question"], q["documents"])) for q in QUESTIONS)
+    longest = 8 * 2 * rag.codec.max_length
+    assert prompts < rag.num_tokens.item() < prompts + longest
+
+
+def test_roles_use_their_own_adapter(rag):
+    samples = rag.sample(QUESTIONS, 4)
+    answer = rag.answer_logps(QUESTIONS, [["Anna"], ["1907"]], samples.permutations)
+    for _, parameter in rag.roles.named_parameters("selector"):
+        parameter.data.zero_()
+    with torch.no_grad():
+        assert torch.equal(rag.answer_logps(QUESTIONS, [["Anna"], ["1907"]], samples.permutations), answer)
+        assert not torch.allclose(rag.permutation_logps(QUESTIONS, samples.permutations), samples.logps)
