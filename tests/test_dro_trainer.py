@@ -199,7 +199,7 @@ def test_correction_under_top_p_gives_the_gradient_of_the_nucleus(make_trainer):
 
 
 def test_full_vocabulary_likelihood_matches_enumeration(make_trainer):
-    settings = ONE_QUESTION | {"selector_likelihood": "full_vocabulary"}
+    settings = ONE_QUESTION | {"selector_likelihood": "full_vocabulary", "selector_estimator": "rws"}
     trainer = make_trainer(make_dataset(1), **settings)
     record = trainer.train_dataset[0]
     trainer.model.eval()
@@ -492,7 +492,7 @@ def test_mean_likelihood_divides_by_the_answers_tokens(make_trainer, tokenizer):
 
 
 def test_unusable_questions_are_masked_and_counted(make_trainer, monkeypatch):
-    trainer = make_trainer(gradient_checkpointing=False)
+    trainer = make_trainer(gradient_checkpointing=False, selector_estimator="rws")
     torch.manual_seed(5)
     answer_logps = trainer.rag.answer_logps
 
@@ -502,7 +502,7 @@ def test_unusable_questions_are_masked_and_counted(make_trainer, monkeypatch):
 
     monkeypatch.setattr(trainer.rag, "answer_logps", broken)
     run_step(trainer)
-    assert trainer._means.pop()["masked_questions"] == 1
+    assert trainer._means.pop()["masked_question_share"] == 0.5
     assert all(gradients(trainer, role).isfinite().all() and gradients(trainer, role).norm() > 0 for role in ROLES)
 
 
@@ -512,7 +512,7 @@ def test_logs_name_every_quantity(make_trainer):
     expected = {
         *("loss", "selector/loss", "generator/loss", "grad_norm", "selector/grad_norm", "generator/grad_norm"),
         *("elbo", "iwae_bound", "ess", "weight_entropy", "unique_permutations", "selector/entropy", "learning_rate"),
-        *("tiny_likelihood_share", "masked_questions", "tokens_per_second", "e_step_seconds", "m_step_seconds"),
+        *("tiny_likelihood_share", "masked_question_share", "tokens_per_second", "e_step_seconds", "m_step_seconds"),
     }
     for logs in trainer.state.log_history[:4]:
         assert expected <= set(logs)
@@ -604,7 +604,8 @@ def test_model_is_loaded_from_a_folder_with_its_tokenizer(tokenizer, tmp_path):
 
 BAD_SETTINGS = [
     ({"max_prompt_length": 2048}, "max_prompt_length=2048 and a completion of"),
-    ({"max_prompt_length": 60}, "train_dataset, row 0, column question: the prompt has"),
+    ({"max_prompt_length": 60}, "train_dataset, row 7, column question: the prompt has"),
+    ({"max_answer_length": 5000}, "lower max_answer_length"),
     ({"max_answer_length": 1}, r"train_dataset, row 0, column answers\[0\]: has"),
     ({"num_selected": 5, "max_candidates": 5}, "fewer than num_selected=5"),
     ({"max_candidates": 200000}, "cannot tell document ids"),
@@ -624,3 +625,107 @@ def test_impossible_settings_fail_at_once_before_any_model_is_loaded(tmp_path, t
         DROTrainer(str(folder), DROConfig(**args | settings), make_dataset(), peft_config=LoraConfig())
     assert "\n" not in str(error.value)
     assert time.perf_counter() - start < 5
+
+
+def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
+    rows = make_dataset(2).to_list()
+    rows[1]["answers"] = ["zebra"]
+    trainer = make_trainer(Dataset.from_list(rows), gradient_checkpointing=False)
+    [micro_batch] = list(trainer.get_train_dataloader())
+    trainer.current_gradient_accumulation_steps = 1
+    [estimate] = trainer._expectation_step(micro_batch.block)
+    healthy = estimate.batch.rows.index(0)
+    alone = type(estimate)(
+        type(estimate.batch)([0], [True], estimate.batch.denominator),
+        [estimate.orders[healthy]],
+        [estimate.targets[healthy]],
+        type(estimate.samples)(*(tensor[healthy : healthy + 1] for tensor in estimate.samples)),
+    )
+    trainer._maximization_step(trainer.model, alone)
+    expected = {role: gradients(trainer, role) for role in ROLES}
+    trainer._means.pop()
+
+    trainer.model.zero_grad()
+    answer_logps = trainer.rag.answer_logps
+
+    def broken(questions, *args, **kwargs):
+        logps = answer_logps(questions, *args, **kwargs)
+        is_zebra = torch.tensor([question["answers"] == ["zebra"] for question in questions])
+        return logps * torch.where(is_zebra, float("nan"), 1.0).unsqueeze(-1)
+
+    trainer.rag.answer_logps = broken
+    trainer._maximization_step(trainer.model, estimate)
+    assert trainer._means.pop()["masked_question_share"] == 0.5
+    for role in ROLES:
+        torch.testing.assert_close(gradients(trainer, role), expected[role], atol=1e-6, rtol=1e-4)
+
+
+def test_a_micro_batch_of_nan_questions_changes_nothing(make_trainer, monkeypatch):
+    trainer = make_trainer(gradient_checkpointing=False)
+    answer_logps = trainer.rag.answer_logps
+    monkeypatch.setattr(trainer.rag, "answer_logps", lambda *a, **k: answer_logps(*a, **k) * float("nan"))
+    assert run_step(trainer) == 0
+    assert all(gradients(trainer, role).abs().sum() == 0 for role in ROLES)
+
+
+def test_a_permutation_of_likelihood_zero_is_a_weight_of_zero(make_trainer, monkeypatch):
+    trainer = make_trainer(gradient_checkpointing=False)
+    answer_logps = trainer.rag.answer_logps
+
+    def one_impossible(*args, **kwargs):
+        logps = answer_logps(*args, **kwargs)
+        return torch.cat([torch.full_like(logps[:, :1], float("-inf")), logps[:, 1:]], dim=1)
+
+    monkeypatch.setattr(trainer.rag, "answer_logps", one_impossible)
+    run_step(trainer)
+    assert trainer._means.pop()["masked_question_share"] == 0
+    assert all(gradients(trainer, role).isfinite().all() and gradients(trainer, role).norm() > 0 for role in ROLES)
+
+
+def test_every_call_of_train_estimates_anew(make_trainer, monkeypatch):
+    trainer = make_trainer(steps_per_estimation=-1, max_steps=-1, num_train_epochs=1)
+    calls = []
+    expectation_step = trainer._expectation_step
+    monkeypatch.setattr(trainer, "_expectation_step", lambda block: calls.append(1) or expectation_step(block))
+    trainer.train()
+    trainer.train()
+    assert len(calls) == 2
+
+
+def test_scaled_gradients_are_unscaled_once_and_logged_unscaled(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    accelerator.native_amp = True
+    monkeypatch.setattr(type(accelerator), "mixed_precision", property(lambda self: "fp16"))
+    accelerator._optimizers = [trainer.create_optimizer()]
+    parameter = trainer.roles.named_parameters("selector")[0][1]
+    accelerator.scaler.scale(parameter.sum()).backward()
+    trainer._clip_grad_norm(trainer.model)
+    assert trainer._means.pop()["selector/grad_norm"] == pytest.approx(parameter.numel() ** 0.5, rel=1e-4)
+
+
+def test_collapse_is_not_warned_of_where_no_other_permutation_exists(make_trainer):
+    trainer = make_trainer(make_dataset(4, 1), num_selected=1, max_candidates=1, num_permutations=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*are distinct")
+        trainer.train()
+
+
+def test_datasets_given_later_are_validated_and_predictions_are_the_answers(make_trainer):
+    trainer = make_trainer()
+    for call in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="has no column answers"):
+            call(make_dataset(2).remove_columns("answers"))
+    output = trainer.predict(make_dataset(3))
+    assert output.predictions.shape == (3,) and all(isinstance(answer, str) for answer in output.predictions)
+    assert "test_em" in output.metrics
+
+
+def test_functional_dropout_of_attention_is_off_too(make_trainer, tokenizer):
+    trainer = make_trainer(model=tiny_llama(tokenizer, attention_dropout=0.5))
+    trainer.model.train()
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        first, second = (trainer.rag.answer_logps([record], [["Anna"]], ALL_12[None]) for _ in range(2))
+    assert torch.equal(first, second)

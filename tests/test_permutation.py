@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import MistralConfig, MistralForCausalLM, set_seed
 
 from trl_dro.permutation import (
     PermutationCodec,
@@ -149,6 +150,41 @@ def test_sampled_log_probabilities_equal_scored_ones_in_a_ragged_batch(kind, att
         torch.testing.assert_close(samples.logps[i], alone.detach(), atol=2e-5, rtol=1e-5)
         for permutation in samples.permutations[i].tolist():
             assert len(set(permutation)) == 4 and max(permutation) <= sizes[i] and min(permutation) >= 1
+
+
+@pytest.mark.parametrize("window", [8, 64])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_sampled_log_probabilities_are_exact_under_a_sliding_window(kind, window):
+    tokenizer = TOKENIZERS[kind]()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    set_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2, sliding_window=window, **sizes
+        )
+    ).eval()
+    codec = PermutationCodec(tokenizer, 20, num_selected=4)
+    prompt = tokenizer("Question: who wrote the book in Paris? " * 6).input_ids
+    samples = sample_permutations(model, codec, [prompt], [20], 8, 0, CPU)
+    with torch.no_grad():
+        scored = enumerate_logps(model, codec, prompt, samples.permutations[0].tolist(), 20)
+    torch.testing.assert_close(samples.logps[0], scored, atol=2e-5, rtol=1e-5)
+
+
+def test_broken_logits_are_seen_in_log_p_and_do_not_stop_the_batch():
+    tokenizer = word_level_tokenizer()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 4, num_selected=2)
+    prompts = [tokenizer(text).input_ids for text in ("Question", "who")]
+    model.get_input_embeddings().weight.data[prompts[1][-1]] = float("nan")
+    samples = sample_permutations(model, codec, prompts, [4, 4], 3, 0, CPU)
+    assert samples.logps[0].isfinite().all() and samples.logps[1].isnan().all()
 
 
 def test_greedy_takes_the_most_probable_choice_at_every_branch():

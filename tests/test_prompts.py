@@ -8,7 +8,7 @@ from tokenizers import processors
 
 from trl_dro.prompts import (
     GENERATOR_TEMPLATE,
-    MIN_DOCUMENT_TOKENS,
+    LEAST_DOCUMENT_TOKENS,
     SELECTOR_TEMPLATE,
     PromptBuilder,
     PromptTooLongError,
@@ -117,7 +117,7 @@ def test_a_question_that_cannot_fit_is_refused_with_the_numbers(tokenizer):
     with pytest.raises(PromptTooLongError) as error:
         builder("who wrote the book? " * 60, make_documents(3))
     message = str(error.value)
-    assert "3 documents" in message and f"{MIN_DOCUMENT_TOKENS} tokens" in message and "limit of 60" in message
+    assert "3 documents" in message and f"{LEAST_DOCUMENT_TOKENS} tokens" in message and "limit of 60" in message
     assert "raise max_prompt_length" in message and "\n" not in message
 
 

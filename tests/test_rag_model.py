@@ -184,3 +184,13 @@ def test_roles_use_their_own_adapter(rag):
     with torch.no_grad():
         assert torch.equal(rag.answer_logps(QUESTIONS, [["Anna"], ["1907"]], samples.permutations), answer)
         assert not torch.allclose(rag.permutation_logps(QUESTIONS, samples.permutations), samples.logps)
+
+
+@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"num_beams": 4}, {"no_repeat_ngram_size": 1}])
+def test_answer_is_greedy_whatever_the_models_own_config_says(rag, own):
+    permutations = torch.tensor([[1, 2]] * len(QUESTIONS))
+    expected = rag.answer(QUESTIONS, permutations, 24)
+    model = rag.roles.module("generator")
+    model.generation_config.update(**own)
+    assert rag.answer(QUESTIONS, permutations, 24) == expected
+    assert all(getattr(model.generation_config, name) == value for name, value in own.items())

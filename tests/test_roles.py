@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -265,3 +265,20 @@ def test_adapters_become_bfloat16_on_a_quantized_base_only():
     cast_adapters_for_quantized_base(roles)
     assert {p.dtype for role in ROLES for _, p in roles.named_parameters(role)} == {torch.bfloat16}
     assert_trainable(roles)
+
+
+def test_an_adapter_for_other_modules_is_refused(tmp_path):
+    narrow, wide = (
+        Roles(prepare_role_model(tiny_llama(TOKENIZER), peft_config=lora(target_modules=modules)))
+        for modules in (["q_proj"], "all-linear")
+    )
+    for name, saved, loading in (("narrow", narrow, wide), ("wide", wide, narrow)):
+        saved.save(tmp_path / name)
+        with pytest.raises(ValueError, match="holds an adapter for other modules"):
+            loading.load(tmp_path / name)
+
+
+def test_prompt_learning_is_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="prompt learning"):
+        prepare_role_model(tiny_llama(TOKENIZER), peft_config=config)

@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import pickle
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -40,7 +41,7 @@ class DROConfig(_BaseConfig):
             Documents in a permutation, K.
         selector_template (`str`):
             Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,
-            `{num_selected}`, `{format}`, or in Python a function of these.
+            `{num_selected}`, `{format}`, or in Python a function of these, defined at the top level of a module.
         generator_template (`str`):
             Generator prompt, with the same fields.
         max_prompt_length (`int`, *optional*):
@@ -81,7 +82,7 @@ class DROConfig(_BaseConfig):
 
         maximization_epochs (`int`, *optional*, defaults to `1`):
             Passes over the questions of one E-step before the next.
-        selector_estimator (`str`, *optional*, defaults to `"rws"`):
+        selector_estimator (`str`, *optional*, defaults to `"rws_centered"`):
             Gradient estimator of the selector: `"rws"` (reweighted wake-sleep, the paper's), `"rws_centered"` (same
             expectation, less noise) or `"vimco"` (gradient of the IWAE bound).
         selector_likelihood (`str`, *optional*, defaults to `"constrained"`):
@@ -100,8 +101,9 @@ class DROConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_permutations (`bool`, *optional*, defaults to `False`):
-            Print a table of a question, its permutations, their weights and the answer at every log, write all of
-            them to `permutations/` in the output folder, and send them to wandb or trackio if those are reported to.
+            At every log print a table of a question, its permutations, their weights and the answer, write those of
+            the last micro-batch to `permutations/` in the output folder, and send them to wandb or trackio if those
+            are reported to.
         tiny_likelihood (`float`, *optional*, defaults to `1e-6`):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
@@ -110,8 +112,9 @@ class DROConfig(_BaseConfig):
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
-    > `num_train_epochs` 5 are the paper's; `remove_unused_columns` is `False`; `bf16` is off on a machine without an
-    > accelerator.
+    > `num_train_epochs` 5 are the paper's. `selector_estimator` and `steps_per_estimation` differ from the paper's
+    > because others were measured to learn faster, see docs/how_it_works.md. `remove_unused_columns` is `False`;
+    > `bf16` is off on a machine without an accelerator.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "chat_template_kwargs"]
@@ -197,7 +200,7 @@ class DROConfig(_BaseConfig):
         default=1, metadata={"help": "Passes over the questions of one E-step before the next."}
     )
     selector_estimator: str = field(
-        default="rws",
+        default="rws_centered",
         metadata={"help": "Gradient estimator of the selector.", "choices": list(get_args(SelectorEstimator))},
     )
     selector_likelihood: str = field(
@@ -236,8 +239,20 @@ class DROConfig(_BaseConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
-        for template in (self.selector_template, self.generator_template):
-            check_template(template)
+        for name in ("selector_template", "generator_template"):
+            check_template(getattr(self, name))
+            try:
+                pickle.dumps(getattr(self, name))
+            except (AttributeError, pickle.PicklingError):
+                raise ValueError(
+                    f"{name} is a function that cannot be saved with the training arguments: define it with `def` at "
+                    "the top level of a module"
+                ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as plain values, functions by their names."""
+        values = super().to_dict()
+        return {name: value.__qualname__ if callable(value) else value for name, value in values.items()}
 
     def _check_ranges(self) -> None:
         at_least = {
@@ -246,9 +261,11 @@ class DROConfig(_BaseConfig):
             "max_answer_length": 1,
             "maximization_epochs": 1,
             "max_candidates": self.num_selected,
+            "max_prompt_length": 1,
+            "max_document_length": 1,
         }
         for name, lowest in at_least.items():
-            if getattr(self, name) < lowest:
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
         for name in ("temperature", "weight_temperature"):
@@ -256,6 +273,8 @@ class DROConfig(_BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0 (evaluation is greedy by itself)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
+        if not 0 < self.tiny_likelihood < 1:
+            raise ValueError(f"tiny_likelihood={self.tiny_likelihood}: it must lie between 0 and 1")
         if self.steps_per_estimation < 1 and self.steps_per_estimation != -1:
             raise ValueError(
                 f"steps_per_estimation={self.steps_per_estimation}: it must be at least 1, or -1 for a whole epoch"

@@ -5,11 +5,12 @@ import random
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ._trl_compat import _BaseTrainer, disable_dropout_in_model
+from ._trl_compat import _BaseTrainer
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .evaluation import score_prediction
@@ -33,7 +34,14 @@ from .importance import (
     selector_coefficients,
     weight_entropy,
 )
-from .loading import build_prompts, context_length, load_model, load_tokenizers
+from .loading import (
+    build_prompts,
+    context_length,
+    disable_dropout,
+    generator_revision,
+    load_model,
+    load_tokenizers,
+)
 from .logs import RunningMeans, permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationCodec, PermutationSamples
 from .prompts import check_lengths
@@ -175,10 +183,10 @@ class DROTrainer(_BaseTrainer):
             validate_dataset(dataset, args.num_selected, name)
         tokenizers = load_tokenizers(model, selector_model, processing_class, args)
         codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
-        contexts = {
-            "selector": context_length(selector_model or model, args),
-            "generator": context_length(model, args),
-        }
+        revision = generator_revision(args)
+        contexts = dict.fromkeys(ROLES, context_length(model, args, revision))
+        if selector_model is not None:
+            contexts["selector"] = context_length(selector_model, args)
         prompts = build_prompts(args, tokenizers, codec, contexts)
         for name, dataset in datasets.items():
             check_lengths(
@@ -187,7 +195,7 @@ class DROTrainer(_BaseTrainer):
                 [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)],
                 tokenizers["generator"],
                 args.max_answer_length,
-                all_answers=args.answer_target != "first",
+                all_answers=args.answer_target != "first" and name == "train_dataset",
             )
         if args.train_selector and args.num_permutations == 1:
             warnings.warn(
@@ -199,7 +207,7 @@ class DROTrainer(_BaseTrainer):
         # Adapters are initialised at random.
         set_seed(args.seed)
         role_model = prepare_role_model(
-            load_model(model, args, quantization_config),
+            load_model(model, args, quantization_config, revision),
             None if selector_model is None else load_model(selector_model, args, quantization_config),
             peft_config,
         )
@@ -207,7 +215,7 @@ class DROTrainer(_BaseTrainer):
         self.roles = Roles(role_model, trained)
         cast_adapters_for_quantized_base(self.roles)
         if args.disable_dropout:
-            disable_dropout_in_model(role_model)
+            disable_dropout(role_model)
         if args.gradient_checkpointing:
             self.roles.enable_input_require_grads()
 
@@ -247,6 +255,8 @@ class DROTrainer(_BaseTrainer):
         if self.train_dataset is None:
             raise ValueError("training needs a `train_dataset`")
         args = self.args
+        # Estimates of an earlier call of `train` are stale, though its blocks count from 0 too.
+        self._estimates, self._estimated_block = [], -1
         return EstimationDataLoader(
             EstimationSampler(
                 len(self.train_dataset),
@@ -259,6 +269,15 @@ class DROTrainer(_BaseTrainer):
                 world_size=args.world_size,
             )
         )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset):
+            validate_dataset(eval_dataset, self.args.num_selected, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        validate_dataset(test_dataset, self.args.num_selected, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
 
     def _records(self, rows: list[int]) -> list[dict[str, Any]]:
         return [self._with_candidates(self.train_dataset[row]) for row in rows]
@@ -311,44 +330,66 @@ class DROTrainer(_BaseTrainer):
         Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
         forward: gradient checkpointing recomputes with the adapter that is active at that time.
         """
-        args = self.args
         questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
         permutations = estimate.samples.permutations
-        total = torch.zeros((), device=args.device)
 
-        if args.train_generator:
-            with self._synced_backward(model, last=not args.train_selector):
-                with self.compute_loss_context_manager():
-                    answer_logps = self._answer_logps(questions, estimate.targets, permutations, wrapped=model)
-                if estimate.answer_logps is None:
-                    estimate.answer_logps = answer_logps.detach()
-                weights, _, usable = self._weigh(estimate)
-                total += self._backward("generator", weights, answer_logps, usable, estimate.batch)
+        def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
+            targets = [estimate.targets[row] for row in rows]
+            return self._answer_logps([questions[row] for row in rows], targets, permutations[rows], wrapped)
 
-        if args.train_selector:
-            with self._synced_backward(model, last=True):
-                with self.compute_loss_context_manager():
-                    logps = self.rag.permutation_logps(
-                        questions, permutations, args.selector_likelihood, wrapped=model
-                    )
-                _, coefficients, usable = self._weigh(estimate)
-                total += self._backward("selector", coefficients, logps, usable, estimate.batch)
+        def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
+            likelihood = self.args.selector_likelihood
+            return self.rag.permutation_logps(
+                [questions[row] for row in rows], permutations[rows], likelihood, wrapped
+            )
 
+        total = torch.zeros((), device=self.args.device)
+        # The generator goes first: its forward may be the one that gives the weights.
+        if self.args.train_generator:
+            total += self._update("generator", model, estimate, answer_logps, last=not self.args.train_selector)
+        if self.args.train_selector:
+            total += self._update("selector", model, estimate, permutation_logps, last=True)
         self._log_estimate(estimate, questions)
         return total / self.current_gradient_accumulation_steps
 
-    def _backward(
-        self, role: Role, coefficients: Tensor, logps: Tensor, usable: Tensor, batch: QuestionBatch
+    def _update(
+        self,
+        role: Role,
+        model: nn.Module,
+        estimate: Estimate,
+        score: Callable[[list[int], nn.Module | None], Tensor],
+        last: bool,
     ) -> Tensor:
         """
-        Backward of one role's loss: minus the coefficient-weighted log-probabilities, summed over permutations,
-        averaged over the questions of the global micro-batch. Returns the loss, in nats per question.
+        Forward and backward of one role's loss: minus the weighted log-probabilities that `score` gives for rows of
+        the micro-batch, summed over permutations, averaged over the questions of the global micro-batch. Returns the
+        loss, in nats per question.
         """
-        counted = usable & torch.tensor(batch.counted, device=usable.device)
-        loss = -(coefficients * torch.where(counted.unsqueeze(-1), logps, 0.0)).sum() / batch.denominator
-        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        rows = list(range(len(estimate.batch.rows)))
+        with self._synced_backward(model, last):
+            with self.compute_loss_context_manager():
+                logps = score(rows, model)
+            if estimate.answer_logps is None:
+                estimate.answer_logps = logps.detach()
+            weights, selector_weights, usable = self._weigh(estimate)
+            coefficients = weights if role == "generator" else selector_weights
+            counted = usable & torch.tensor(estimate.batch.counted, device=usable.device)
+            if logps.isnan().any():
+                # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
+                rows = counted.nonzero().flatten().tolist()
+                coefficients, counted = coefficients[rows], counted[rows]
+                with self.compute_loss_context_manager():
+                    logps = score(rows, None) if rows else self._no_gradient(role)
+            kept = counted.unsqueeze(-1) & logps.isfinite()
+            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         self._means.add(f"{role}/loss", loss)
         return loss.detach()
+
+    def _no_gradient(self, role: Role) -> Tensor:
+        """A zero of shape `(0, m)` that keeps the role's parameters in the graph, as other processes wait for them."""
+        zero = 0.0 * torch.stack([parameter.sum() for _, parameter in self.roles.named_parameters(role)]).sum()
+        return zero + torch.zeros(0, self.args.num_permutations, device=self.args.device)
 
     def _synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are averaged over processes once, in the last role's backward."""
@@ -358,8 +399,12 @@ class DROTrainer(_BaseTrainer):
         """Importance weights `(B, m)`, the selector's coefficients `(B, m)`, and which questions are usable `(B,)`."""
         assert estimate.answer_logps is not None
         correction = estimate.samples.logps - estimate.samples.proposal_logps
-        usable = (estimate.answer_logps + correction).isfinite().all(dim=-1)
-        # Unusable rows are weighed as if all alike and masked in the loss: a NaN must not spread to the others.
+        log_weights = estimate.answer_logps + correction
+        # Likelihoods of zero are weights of zero, which only vimco cannot do with.
+        usable = log_weights.amax(dim=-1).isfinite()
+        if self.args.selector_estimator == "vimco":
+            usable = log_weights.isfinite().all(dim=-1)
+        # Unusable rows are weighed as if all alike and masked in the loss.
         answer_logps = torch.where(usable.unsqueeze(-1), estimate.answer_logps, 0.0)
         correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
         temperature = self.args.weight_temperature
@@ -420,7 +465,6 @@ class DROTrainer(_BaseTrainer):
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model: nn.Module):
-        self.accelerator.unscale_gradients()
         self._record_grad_norms()
         return super()._clip_grad_norm(model)
 
@@ -430,19 +474,24 @@ class DROTrainer(_BaseTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _record_grad_norms(self) -> None:
+        scaler = self.accelerator.scaler  # of fp16 alone; its factor is still in the gradients here
+        scale = 1.0 if scaler is None else scaler.get_scale()
         for role in self.roles.trained:
             gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
-            self._means.add(f"{role}/grad_norm", nn.utils.get_total_norm(gradients))
+            self._means.add(f"{role}/grad_norm", nn.utils.get_total_norm(gradients) / scale)
 
     # Logs
 
     def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
+        assert estimate.answer_logps is not None
         weights, _, usable = self._weigh(estimate)
-        kept = usable & torch.tensor(estimate.batch.counted, device=usable.device)
-        samples, answer_logps = estimate.samples, estimate.answer_logps[kept]
-        correction = (samples.logps - samples.proposal_logps)[kept]
+        counted = torch.tensor(estimate.batch.counted, device=usable.device)
+        samples = estimate.samples
+        correction = samples.logps - samples.proposal_logps
+        kept = counted & (estimate.answer_logps + correction).isfinite().all(dim=-1)
+        answer_logps, correction = estimate.answer_logps[kept], correction[kept]
         means = self._means
-        means.add("masked_questions", (~usable).sum())
+        means.add_all("masked_question_share", ~usable[counted])
         means.add_all("elbo", elbo(answer_logps, correction))
         means.add_all("iwae_bound", iwae_bound(answer_logps, correction))
         means.add_all("ess", effective_sample_size(weights[kept]))
@@ -450,7 +499,7 @@ class DROTrainer(_BaseTrainer):
         means.add_all("tiny_likelihood_share", answer_logps.amax(dim=-1) < math.log(self.args.tiny_likelihood))
         # -E_p[log p], with the samples of another proposal weighted by p/q.
         means.add_all("selector/entropy", -(correction.softmax(dim=-1) * samples.logps[kept]).sum(dim=-1))
-        unique = [len({tuple(z) for z in permutations}) for permutations in samples.permutations.tolist()]
+        unique = [len({tuple(z) for z in permutations}) for permutations in samples.permutations[counted].tolist()]
         means.add_all("unique_permutations", torch.tensor(unique))
 
         if self.args.log_permutations:
@@ -463,7 +512,10 @@ class DROTrainer(_BaseTrainer):
         if "loss" in logs:
             means = self._means.pop()
             logs.update(means)
-            self._warn_of_collapse(means.get("unique_permutations", math.inf) / self.args.num_permutations)
+            # With few documents there are fewer permutations than samples.
+            num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
+            most = min(self.args.num_permutations, num_possible)
+            self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
             if self._shown_permutations and self.is_world_process_zero():
                 print_permutations(self._shown_permutations[: self.args.num_permutations])
                 save_permutations(self._shown_permutations, self.args.output_dir, self.args.report_to)
@@ -497,12 +549,14 @@ class DROTrainer(_BaseTrainer):
         self.callback_handler.eval_dataloader = dataloader
         scores: list[Tensor] = []
         names: list[str] = []
+        answers: list[str] = []
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self._inference(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for records in dataloader:
-                batch_scores = self._score_batch([self._with_candidates(record) for record in records])
+                batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
                 names = list(batch_scores)
+                answers += self.accelerator.gather_for_metrics(batch_answers, use_gather_object=True)
                 # Cuts off the rows that were repeated to give every process as many.
                 scores.append(self.accelerator.gather_for_metrics(torch.stack(list(batch_scores.values()), dim=-1)))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -510,10 +564,12 @@ class DROTrainer(_BaseTrainer):
         per_question = torch.cat(scores)  # [questions, metrics]
         means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(per_question))
+        return EvalLoopOutput(
+            predictions=numpy.array(answers), label_ids=None, metrics=metrics, num_samples=len(per_question)
+        )
 
-    def _score_batch(self, questions: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Scores of each question, by name, each of shape `(B,)`."""
+    def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
+        """Answer of each question, and its scores by name, each of shape `(B,)`."""
         selected = self.rag.sample(questions, 1, greedy=True).permutations[:, 0]  # [B, K]
         answers = self.rag.answer(questions, selected, self.args.max_answer_length)
         per_question = [
@@ -538,7 +594,7 @@ class DROTrainer(_BaseTrainer):
             scores[name] = torch.full_like(scores["em"], float("nan"))  # left out of the mean
             scores[name][usable] = bound(answer_logps[usable], correction[usable])
         scores["loss"] = -scores["iwae_bound"]
-        return scores
+        return answers, scores
 
     # Saving and loading
 

@@ -3,16 +3,17 @@
 
 from typing import Any, cast
 
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._trl_compat import create_model_from_path, get_config_model_id
+from ._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .dro_config import DROConfig
 from .permutation import PermutationCodec
 from .prompts import PromptBuilder
 from .roles import ROLES, Role
 
 
-def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig) -> Any:
+def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
     """
     Tokenizer of a model.
 
@@ -26,7 +27,7 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig) -> Any:
         )
     return AutoTokenizer.from_pretrained(
         source,
-        revision=_init_kwargs(args).get("revision"),
+        revision=revision,
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )
@@ -50,12 +51,16 @@ def _prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: str | PreTrainedModel, args: DROConfig, quantization_config: BitsAndBytesConfig | None
+    model: str | PreTrainedModel,
+    args: DROConfig,
+    quantization_config: BitsAndBytesConfig | None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
     if not isinstance(model, str):
         return model
-    kwargs = _init_kwargs(args)
+    # The config's type allows a JSON string, which its constructor has parsed.
+    kwargs = {**cast(dict, args.model_init_kwargs or {}), "revision": revision}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     # One process, one device: "auto" would spread the model over all GPUs.
@@ -65,15 +70,22 @@ def load_model(
     return create_model_from_path(model, **kwargs)
 
 
-def _init_kwargs(args: DROConfig) -> dict[str, Any]:
-    # The config's type allows a JSON string, which its constructor has parsed.
-    return dict(cast(dict, args.model_init_kwargs or {}))
+def disable_dropout(model: nn.Module) -> None:
+    """Turns off dropout for good: that of modules, and the functional one of attention layers."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def context_length(model: str | PreTrainedModel, args: DROConfig) -> int | None:
+def generator_revision(args: DROConfig) -> str | None:
+    """Revision of `model` in `args.model_init_kwargs`, which says nothing of the repo of a `selector_model`."""
+    return cast(dict, args.model_init_kwargs or {}).get("revision")
+
+
+def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str | None = None) -> int | None:
     """Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit."""
     if isinstance(model, str):
-        revision = _init_kwargs(args).get("revision")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
         config = model.config
@@ -104,6 +116,11 @@ def _prompt_limit(role: str, context: int | None, completion_length: int, max_pr
     if context is None:
         return max_prompt_length
     room = context - completion_length
+    if room < 1:
+        raise ValueError(
+            f"a completion of {completion_length} tokens leaves no room for a prompt in the {role}'s context of "
+            f"{context} tokens: lower {'num_selected' if role == 'selector' else 'max_answer_length'}"
+        )
     if max_prompt_length is None:
         return room
     if max_prompt_length > room:
@@ -121,10 +138,12 @@ def load_tokenizers(
     args: DROConfig,
 ) -> dict[Role, PreTrainedTokenizerBase]:
     """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
-    generator_tokenizer = _prepare_tokenizer(processing_class or _load_tokenizer(model, args))
+    generator_tokenizer = _prepare_tokenizer(
+        processing_class or _load_tokenizer(model, args, generator_revision(args))
+    )
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
-        selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args))
+        selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
     return {"selector": selector_tokenizer, "generator": generator_tokenizer}
 
 

@@ -36,13 +36,13 @@ class RunningMeans:
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Adds `total`, the sum of `count` values, to the quantity `name`."""
         pair = torch.stack(
-            [torch.as_tensor(x, device=self.accelerator.device).detach().double() for x in (total, count)]
+            [torch.as_tensor(x, device=self.accelerator.device).detach().float() for x in (total, count)]
         )
         self.totals[name] = self.totals[name] + pair if name in self.totals else pair
 
     def add_all(self, name: str, values: Tensor) -> None:
         """Adds every element of `values`, which may be empty."""
-        self.add(name, values.double().sum(), values.numel())
+        self.add(name, values.float().sum(), values.numel())
 
     def pop(self) -> dict[str, float]:
         """Means over all processes, which must have added the same names; forgets them."""
@@ -74,7 +74,7 @@ def permutation_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: -row["weight"]):
         table.add_row(
-            # Text, because rich would read the brackets as markup.
+            # Text, because rich reads brackets, of a title say, as markup.
             Text(row["permutation"]),
             Text(", ".join(row["titles"])),
             f"{row['logp']:.2f}",
@@ -118,7 +118,7 @@ def print_permutations(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, report_to: Sequence[str]) -> None:
-    """Writes `permutations/step-N.jsonl` to the output folder, and a table to wandb or trackio if reported to."""
+    """Writes rows to `permutations/step-N.jsonl` in the output folder, and as a table to wandb or trackio."""
     folder = Path(output_dir) / "permutations"
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -283,27 +283,32 @@ def sample_permutations(
     logps = torch.zeros(len(writers), device=device)
     proposal_logps = torch.zeros(len(writers), device=device)
 
+    # Rows write at their own pace, so they have different numbers of tokens to feed. Padding on the left evens them
+    # out and leaves masked gaps in the cache, unless a sliding window counts these as tokens: then all rows are fed as
+    # many tokens as the row with the fewest has left.
+    advance = min if any(cache.is_sliding) else max
+    pending: list[list[int]] = [[] for _ in writers]
     while True:
-        choices = [writer.allowed() for writer in writers]
-        open_rows = [i for i, allowed in enumerate(choices) if allowed]
-        if not open_rows:
+        choosing = [i for i, writer in enumerate(writers) if not pending[i] and writer.allowed()]
+        if choosing:
+            branch_logits, allowed_ids = _allowed_logits(logits[choosing], [writers[i].allowed() for i in choosing])
+            log_p = branch_logits.log_softmax(dim=-1)  # [choosing rows, most allowed tokens]
+            # A broken row (NaN) is sampled as if uniform; its log p stays NaN, by which it is known later.
+            log_q = truncate_to_top_p((branch_logits.nan_to_num(nan=0.0) / temperature).log_softmax(dim=-1), top_p)
+            chosen = log_p.argmax(dim=-1) if greedy else torch.multinomial(log_q.exp(), 1).squeeze(-1)
+            logps[choosing] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            if not greedy:
+                proposal_logps[choosing] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            tokens = allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
+            for i, token in zip(choosing, tokens, strict=True):
+                pending[i] = writers[i].write(token)
+        unfinished = [i for i, writer in enumerate(writers) if writer.allowed()]
+        if not unfinished:
             break
-        branch_logits, allowed_ids = _allowed_logits(logits[open_rows], [choices[i] for i in open_rows])
-        log_p = branch_logits.log_softmax(dim=-1)  # [open rows, most allowed tokens]
-        log_q = truncate_to_top_p((branch_logits / temperature).log_softmax(dim=-1), top_p)
-        chosen = log_p.argmax(dim=-1) if greedy else torch.multinomial(log_q.exp(), 1).squeeze(-1)
-        logps[open_rows] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        if not greedy:
-            proposal_logps[open_rows] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-
-        chosen_tokens = allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
-        written: list[list[int]] = [[] for _ in writers]
-        for i, token in zip(open_rows, chosen_tokens, strict=True):
-            written[i] = writers[i].write(token)
-        if not any(writer.allowed() for writer in writers):
-            break
-        # Rows move on at their own pace: those with fewer new tokens are padded on the left, in the cache too.
-        step_ids, step_mask = pad_rows(written, pad_token_id, device, side="left")
+        width = advance(len(pending[i]) for i in unfinished)
+        step = [pending[i][:width] if writer.allowed() else [] for i, writer in enumerate(writers)]
+        pending = [tokens[width:] for tokens in pending]
+        step_ids, step_mask = pad_rows(step, pad_token_id, device, side="left")
         mask = torch.cat([mask, step_mask], dim=1)
         outputs = forward(
             input_ids=step_ids,

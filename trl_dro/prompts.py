@@ -29,15 +29,17 @@ GENERATOR_TEMPLATE = (
     "Answer:\n"
 )
 
-# Below this many tokens a document no longer says anything: the prompt is refused instead.
+# Questions are refused beforehand if their documents would have to be cut below the first. A cut can encode to more
+# tokens than it was cut to, so prompts are refused only below the second.
 MIN_DOCUMENT_TOKENS = 8
+LEAST_DOCUMENT_TOKENS = 6
 
 Template = str | Callable[..., str | list[dict[str, str]]]
 Question = str | list[dict[str, str]]
 
 
 class PromptTooLongError(ValueError):
-    """A question whose prompt exceeds the limit even with every document shortened to `MIN_DOCUMENT_TOKENS`."""
+    """A question whose prompt exceeds the limit however short its documents are cut."""
 
 
 class PromptBuilder:
@@ -95,7 +97,7 @@ class PromptBuilder:
             `list[int]`: token ids, ready for the completion to be appended.
 
         Raises:
-            [`PromptTooLongError`]: the prompt exceeds `max_length` with every document at `MIN_DOCUMENT_TOKENS`.
+            [`PromptTooLongError`]: the prompt exceeds `max_length` with every document cut to `LEAST_DOCUMENT_TOKENS`.
         """
         bodies = [document_body(document) for document in documents]
         encoded = self._encode_bodies(bodies)
@@ -104,14 +106,10 @@ class PromptBuilder:
         prompt = self._encode_prompt(question, self._truncate(bodies, encoded, limit))
         # Tokens at a cut can merge with their neighbours, so the budget is met by trying, seldom more than twice.
         while self.max_length is not None and len(prompt) > self.max_length:
-            if limit <= MIN_DOCUMENT_TOKENS:
-                raise PromptTooLongError(
-                    f"the prompt has {len(prompt)} tokens with each of the {len(documents)} documents cut to "
-                    f"{limit} tokens, more than the limit of {self.max_length}: raise max_prompt_length, use fewer "
-                    "candidates, or shorten the question"
-                )
+            if limit <= LEAST_DOCUMENT_TOKENS:
+                raise PromptTooLongError(self._too_long(len(prompt), len(documents), limit))
             spare = sum(min(length, limit) for length in lengths) - (len(prompt) - self.max_length)
-            limit = max(MIN_DOCUMENT_TOKENS, min(limit - 1, even_limit(lengths, spare)))
+            limit = max(LEAST_DOCUMENT_TOKENS, min(limit - 1, even_limit(lengths, spare)))
             prompt = self._encode_prompt(question, self._truncate(bodies, encoded, limit))
         return prompt
 
@@ -120,9 +118,19 @@ class PromptBuilder:
         Raises [`PromptTooLongError`] if `question` with `num_documents` documents of `MIN_DOCUMENT_TOKENS` tokens
         exceeds `max_length`.
         """
-        if self.max_length is None:
-            return
-        self(question, [{"text": "the " * MIN_DOCUMENT_TOKENS}] * num_documents)
+        # Numbers stay one or more tokens each in any vocabulary.
+        documents = ["1 " * MIN_DOCUMENT_TOKENS] * num_documents
+        encoded = self._encode_bodies(documents)
+        length = len(self._encode_prompt(question, self._truncate(documents, encoded, MIN_DOCUMENT_TOKENS)))
+        if self.max_length is not None and length > self.max_length:
+            raise PromptTooLongError(self._too_long(length, num_documents, MIN_DOCUMENT_TOKENS))
+
+    def _too_long(self, length: int, num_documents: int, limit: int) -> str:
+        return (
+            f"the prompt has {length} tokens with each of the {num_documents} documents cut to {limit} tokens, more "
+            f"than the limit of {self.max_length}: raise max_prompt_length, use fewer candidates, or shorten the "
+            "question"
+        )
 
     def _encode_bodies(self, bodies: list[str]) -> dict[str, Any]:
         # Only the "fast" tokenizers know where in the text a token ends.
@@ -136,7 +144,9 @@ class PromptBuilder:
             if len(ids) <= limit:
                 truncated.append(body)
             elif self.tokenizer.is_fast:
-                truncated.append(body[: encoded["offset_mapping"][i][limit - 1][1]])
+                offsets = encoded["offset_mapping"][i]
+                # A character of several tokens is kept whole or left out, and something is kept of each document.
+                truncated.append(body[: max(1, min(offsets[limit - 1][1], offsets[limit][0]))])
             else:
                 truncated.append(str(self.tokenizer.decode(ids[:limit])))
         return truncated
@@ -193,16 +203,18 @@ def check_lengths(
         [`PromptTooLongError`]: a question does not fit even with every document cut to `MIN_DOCUMENT_TOKENS`.
         `ValueError`: an answer is longer than `max_answer_length`.
     """
-    longest_row, longest_question, longest = 0, dataset[0]["question"], -1
+    builders = list(builders)
+    longest = [(0, 0)] * len(builders)  # tokens and row of the longest question, by each builder's tokenizer
     row = 0
     for batch in dataset.select_columns(["question", "answers"]).iter(batch_size=1000):
-        questions = tokenizer([question_text(question) for question in batch["question"]], verbose=False).input_ids
+        questions = [question_text(question) for question in batch["question"]]
+        for i, (builder, _) in enumerate(builders):
+            question_lengths = [len(ids) for ids in builder.tokenizer(questions, verbose=False).input_ids]
+            longest[i] = max(longest[i], *zip(question_lengths, range(row, row + len(questions)), strict=True))
         targets = [answers if all_answers else answers[:1] for answers in batch["answers"]]
         flat = tokenizer([answer for answers in targets for answer in answers], add_special_tokens=False).input_ids
         lengths = iter(len(ids) for ids in flat)
-        for i, answers in enumerate(targets):
-            if len(questions[i]) > longest:
-                longest_row, longest_question, longest = row, batch["question"][i], len(questions[i])
+        for answers in targets:
             for position, length in enumerate(itertools.islice(lengths, len(answers))):
                 if length > max_answer_length:
                     raise ValueError(
@@ -210,9 +222,9 @@ def check_lengths(
                         f"max_answer_length={max_answer_length}; raise the limit or drop the row"
                     )
             row += 1
-    for builder, num_documents in builders:
+    for (builder, num_documents), (_, longest_row) in zip(builders, longest, strict=True):
         try:
-            builder.check_fits(longest_question, num_documents)
+            builder.check_fits(dataset[longest_row]["question"], num_documents)
         except PromptTooLongError as error:
             raise PromptTooLongError(f"{name}, row {longest_row}, column question: {error}") from None
 
@@ -221,16 +233,18 @@ def check_template(template: Template) -> None:
     """Raises `ValueError` if a format string has an unknown field, or lacks `{question}` or `{documents}`."""
     if not isinstance(template, str):
         return
-    marks = {"question": "<question>", "documents": "<documents>", "num_documents": 2, "num_selected": 1, "format": ""}
+    # The first two are marks that no template contains by itself.
+    marks: dict[str, Any] = {"question": "\0q", "documents": "\0d"}
+    marks |= {"num_documents": 2, "num_selected": 1, "format": ""}
     try:
         text = template.format(**marks)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"prompt template {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
             f"are {', '.join('{' + name + '}' for name in marks)}; write other braces twice"
         ) from None
     for name in ("question", "documents"):
-        if f"<{name}>" not in text:
+        if marks[name] not in text:
             raise ValueError(f"prompt template {template[:60]!r} does not show the {name}: add {{{name}}}")
 
 

@@ -3,10 +3,12 @@ r"""The latent-variable model that DRO trains, \\( p(y \mid x) = \sum_z p(z \mid
 (equation 2 of https://huggingface.co/papers/2505.03075): roles, tokenizers, prompts and codec put together.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -182,17 +184,14 @@ class RAGModel:
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
         end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
-        generated = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            # A config of its own: the model's may sample, as Llama's does.
-            generation_config=GenerationConfig(
-                max_new_tokens=max_answer_length,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(end_tokens),
-            ),
+        greedy = GenerationConfig(
+            max_new_tokens=max_answer_length,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(end_tokens),
         )
+        with _generation_config(model, greedy):
+            generated = model.generate(input_ids=input_ids, attention_mask=mask.long())
         texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -208,3 +207,20 @@ class RAGModel:
             return self.roles.forward(role, wrapped, **inputs)
 
         return forward
+
+
+@contextlib.contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """
+    Replaces the model's own config: one passed to `generate` would be filled up from it, with the repetition penalty
+    of an instruct model, say.
+    """
+    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = config
+        yield
+    finally:
+        for holder, previous in zip(holders, own, strict=True):
+            holder.generation_config = previous

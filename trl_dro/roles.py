@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -100,12 +100,19 @@ def prepare_role_model(
             "`peft_config` and `selector_model`: merge_and_unload() other adapters first, or load yours under these "
             "two names"
         )
+    for name, base in (("model", model), ("selector_model", selector_model)):
+        if base is not None and is_quantized(base) and peft_config is None:
+            raise ValueError(
+                f"quantized weights cannot be trained: pass `peft_config` along with the quantized {name}"
+            )
     if peft_config is None:
         return RolePair(copy.deepcopy(model) if selector_model is None else selector_model, model)
 
     configs = peft_config if isinstance(peft_config, dict) else dict.fromkeys(ROLES, peft_config)
     if set(configs) != set(ROLES):
         raise ValueError(f"`peft_config` has the keys {sorted(configs)}: it needs 'selector' and 'generator'")
+    if any(config.is_prompt_learning for config in configs.values()):
+        raise ValueError("prompt learning adds virtual tokens that sampling would miss: use LoRA or another adapter")
     if selector_model is not None:
         # peft writes into the config it is given, so each role gets its own copy.
         return RolePair(
@@ -208,6 +215,7 @@ class Roles:
 
         Raises:
             `FileNotFoundError`: one of the two role folders is missing.
+            `ValueError`: an adapter was made for other modules.
         """
         for role in ROLES:
             source = Path(folder) / role
@@ -218,6 +226,12 @@ class Roles:
             module = self.model.get_submodule(role) if isinstance(self.model, RolePair) else self.model
             if isinstance(module, PeftModel):
                 weights = load_peft_weights(str(source), device="cpu")
+                expected = get_peft_model_state_dict(module, adapter_name=role)
+                if different := weights.keys() ^ expected.keys():
+                    raise ValueError(
+                        f"{source} holds an adapter for other modules than this one ({len(different)} weights differ, "
+                        f"e.g. {min(different)}): use the peft_config that it was trained with"
+                    )
                 set_peft_model_state_dict(module, weights, adapter_name=role)
             else:
                 saved = AutoModelForCausalLM.from_pretrained(source, dtype=module.dtype)

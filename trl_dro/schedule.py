@@ -113,13 +113,13 @@ class EstimationDataLoader(DataLoader):
     """Data loader over an [`EstimationSampler`]; there is nothing to load, as the trainer reads the rows itself."""
 
     def __init__(self, sampler: EstimationSampler):
-        super().__init__(_Passage(sampler.num_questions), batch_sampler=sampler, collate_fn=_only)  # type: ignore[arg-type]
+        super().__init__(_PassThrough(sampler.num_questions), batch_sampler=sampler, collate_fn=_only)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class _Passage(Dataset):
+class _PassThrough(Dataset):
     """Hands the sampler's keys through; its length is the number of questions."""
 
     def __init__(self, num_questions: int):
