@@ -15,6 +15,7 @@ from trl_dro import DROConfig, DROTrainer
 from trl_dro._trl_compat import _BaseTrainer
 from trl_dro.roles import ROLES, RolePair
 
+from .data.test_schema import MALFORMED
 from .tiny_models import CHAT_TEMPLATE, bpe_tokenizer, tiny_llama, word_level_tokenizer
 
 
@@ -600,6 +601,17 @@ def test_model_is_loaded_from_a_folder_with_its_tokenizer(tokenizer, tmp_path):
     )
     assert isinstance(trainer, _BaseTrainer) and isinstance(trainer.model, PeftModel)
     trainer.train()
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_datasets_fail_at_once_before_any_model_is_loaded(tmp_path, case):
+    build, _ = MALFORMED[case]
+    args = DROConfig(str(tmp_path), num_selected=2, use_cpu=True)
+    start = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        DROTrainer("no/such-model", args, build(), peft_config=LoraConfig())
+    assert "train_dataset" in str(error.value) and "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5
 
 
 BAD_SETTINGS = [

@@ -6,7 +6,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from ._trl_compat import _BaseTrainer
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
-from .evaluation import score_prediction
-from .importance import (
-    effective_sample_size,
-    elbo,
-    importance_weights,
-    iwae_bound,
-    selector_coefficients,
-    weight_entropy,
-)
+from .estimation import Estimate, Weights
+from .evaluation import answer_and_score
+from .importance import elbo, iwae_bound
 from .loading import (
     build_prompts,
     context_length,
@@ -51,31 +44,6 @@ from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, Quest
 
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class Estimate:
-    r"""
-    What the E-step leaves for one micro-batch of `B` questions.
-
-    Args:
-        batch ([`~schedule.QuestionBatch`]):
-            Rows of the training set.
-        orders (`list[list[int]]` of length `B`):
-            Candidate shown at each place of the selector's prompt.
-        targets (`list[list[str]]` of length `B`):
-            Answers whose likelihoods are summed.
-        samples ([`~permutation.PermutationSamples`]):
-            Permutations of the candidates as shown.
-        answer_logps (`Tensor` of shape `(B, m)`, *optional*):
-            \\( \log p(y \mid x, d_{z_i}) \\) in nats; `None` until the M-step's own forward gives it.
-    """
-
-    batch: QuestionBatch
-    orders: list[list[int]]
-    targets: list[list[str]]
-    samples: PermutationSamples
-    answer_logps: Tensor | None = None
 
 
 class DROTrainer(_BaseTrainer):
@@ -371,9 +339,9 @@ class DROTrainer(_BaseTrainer):
                 logps = score(rows, model)
             if estimate.answer_logps is None:
                 estimate.answer_logps = logps.detach()
-            weights, selector_weights, usable = self._weigh(estimate)
-            coefficients = weights if role == "generator" else selector_weights
-            counted = usable & torch.tensor(estimate.batch.counted, device=usable.device)
+            weights = self._weigh(estimate)
+            coefficients = weights.generator if role == "generator" else weights.selector
+            counted = weights.usable & estimate.counted
             if logps.isnan().any():
                 # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
                 rows = counted.nonzero().flatten().tolist()
@@ -395,24 +363,8 @@ class DROTrainer(_BaseTrainer):
         """Gradients are averaged over processes once, in the last role's backward."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
-    def _weigh(self, estimate: Estimate) -> tuple[Tensor, Tensor, Tensor]:
-        """Importance weights `(B, m)`, the selector's coefficients `(B, m)`, and which questions are usable `(B,)`."""
-        assert estimate.answer_logps is not None
-        correction = estimate.samples.logps - estimate.samples.proposal_logps
-        log_weights = estimate.answer_logps + correction
-        # Likelihoods of zero are weights of zero, which only vimco cannot do with.
-        usable = log_weights.amax(dim=-1).isfinite()
-        if self.args.selector_estimator == "vimco":
-            usable = log_weights.isfinite().all(dim=-1)
-        # Unusable rows are weighed as if all alike and masked in the loss.
-        answer_logps = torch.where(usable.unsqueeze(-1), estimate.answer_logps, 0.0)
-        correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
-        temperature = self.args.weight_temperature
-        return (
-            importance_weights(answer_logps, correction, temperature),
-            selector_coefficients(answer_logps, correction, temperature, self.args.selector_estimator),
-            usable,
-        )
+    def _weigh(self, estimate: Estimate) -> Weights:
+        return estimate.weigh(self.args.selector_estimator, self.args.weight_temperature)
 
     def _sample(self, questions: list[dict[str, Any]], temperature: float, top_p: float) -> PermutationSamples:
         samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p)
@@ -483,28 +435,17 @@ class DROTrainer(_BaseTrainer):
     # Logs
 
     def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
-        assert estimate.answer_logps is not None
-        weights, _, usable = self._weigh(estimate)
-        counted = torch.tensor(estimate.batch.counted, device=usable.device)
-        samples = estimate.samples
-        correction = samples.logps - samples.proposal_logps
-        kept = counted & (estimate.answer_logps + correction).isfinite().all(dim=-1)
-        answer_logps, correction = estimate.answer_logps[kept], correction[kept]
-        means = self._means
-        means.add_all("masked_question_share", ~usable[counted])
-        means.add_all("elbo", elbo(answer_logps, correction))
-        means.add_all("iwae_bound", iwae_bound(answer_logps, correction))
-        means.add_all("ess", effective_sample_size(weights[kept]))
-        means.add_all("weight_entropy", weight_entropy(weights[kept]))
-        means.add_all("tiny_likelihood_share", answer_logps.amax(dim=-1) < math.log(self.args.tiny_likelihood))
-        # -E_p[log p], with the samples of another proposal weighted by p/q.
-        means.add_all("selector/entropy", -(correction.softmax(dim=-1) * samples.logps[kept]).sum(dim=-1))
-        unique = [len({tuple(z) for z in permutations}) for permutations in samples.permutations[counted].tolist()]
-        means.add_all("unique_permutations", torch.tensor(unique))
-
+        weights = self._weigh(estimate)
+        for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
+            self._means.add_all(name, values)
         if self.args.log_permutations:
             self._shown_permutations = permutation_rows(
-                self.state.global_step + 1, questions, estimate.targets, samples, estimate.answer_logps, weights
+                self.state.global_step + 1,
+                questions,
+                estimate.targets,
+                estimate.samples,
+                estimate.answer_logps,
+                weights.generator,
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -570,17 +511,7 @@ class DROTrainer(_BaseTrainer):
 
     def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
         """Answer of each question, and its scores by name, each of shape `(B,)`."""
-        selected = self.rag.sample(questions, 1, greedy=True).permutations[:, 0]  # [B, K]
-        answers = self.rag.answer(questions, selected, self.args.max_answer_length)
-        per_question = [
-            score_prediction(
-                answer,
-                [question["documents"][i - 1] for i in permutation],
-                question["documents"],
-                question["answers"],
-            )
-            for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True)
-        ]
+        answers, per_question = answer_and_score(self.rag, questions, self.args.max_answer_length)
         scores = {
             name: torch.tensor([row[name] for row in per_question], device=self.args.device)
             for name in per_question[0]
@@ -588,11 +519,10 @@ class DROTrainer(_BaseTrainer):
         samples = self._sample(questions, temperature=1.0, top_p=1.0)
         targets = [question["answers"][:1] for question in questions]
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
-        correction = samples.logps - samples.proposal_logps
-        usable = (answer_logps + correction).isfinite().all(dim=-1)
+        usable = (answer_logps + samples.correction).isfinite().all(dim=-1)
         for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
             scores[name] = torch.full_like(scores["em"], float("nan"))  # left out of the mean
-            scores[name][usable] = bound(answer_logps[usable], correction[usable])
+            scores[name][usable] = bound(answer_logps[usable], samples.correction[usable])
         scores["loss"] = -scores["iwae_bound"]
         return answers, scores
 

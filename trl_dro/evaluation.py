@@ -1,10 +1,39 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""How good the documents and the answer of one question are."""
+"""Questions answered by both roles, and how good their documents and answers are."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from .metrics.text import exact_match, f1, recall_at_k
+from .rag_model import RAGModel
+
+
+def answer_and_score(
+    rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
+) -> tuple[list[str], list[dict[str, float]]]:
+    """
+    Selects greedily, answers greedily, and scores both.
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            Both roles, in evaluation mode.
+        questions (`list[dict]` of length `B`):
+            Records with their candidates in retrieval order.
+        max_answer_length (`int`):
+            Tokens to generate at most.
+
+    Returns:
+        `tuple[list[str], list[dict[str, float]]]`: answers, and the scores of [`score_prediction`], one per question.
+    """
+    selected = rag.sample(questions, 1, greedy=True).permutations[:, 0]  # [B, K]
+    answers = rag.answer(questions, selected, max_answer_length)
+    scores = []
+    for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True):
+        documents = question["documents"]
+        scores.append(
+            score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
+        )
+    return answers, scores
 
 
 def recall_cutoffs(num_selected: int) -> list[int]:

@@ -52,6 +52,11 @@ class PermutationSamples(NamedTuple):
     logps: Tensor
     proposal_logps: Tensor
 
+    @property
+    def correction(self) -> Tensor:
+        r"""Proposal correction \\( \log p(z) - \log q(z) \\), `(B, m)`."""
+        return self.logps - self.proposal_logps
+
 
 class ParsedPermutation(NamedTuple):
     """Ids read from free text, and how many were dropped because they were out of range, repeated or surplus."""

@@ -1,0 +1,118 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What the E-step leaves for the M-step: sampled permutations, how likely they make the answer, and their weights."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .importance import (
+    SelectorEstimator,
+    effective_sample_size,
+    elbo,
+    importance_weights,
+    iwae_bound,
+    selector_coefficients,
+    weight_entropy,
+)
+from .permutation import PermutationSamples
+from .schedule import QuestionBatch
+
+
+class Weights(NamedTuple):
+    """
+    Weights of `B` questions with `m` permutations each, constant in the M-step.
+
+    Args:
+        generator (`Tensor` of shape `(B, m)`):
+            Self-normalised importance weights.
+        selector (`Tensor` of shape `(B, m)`):
+            Coefficients of the selector's estimator.
+        usable (`Tensor` of shape `(B,)`):
+            False where a NaN, or a likelihood of zero under every permutation, leaves nothing to weigh.
+    """
+
+    generator: Tensor
+    selector: Tensor
+    usable: Tensor
+
+
+@dataclass
+class Estimate:
+    r"""
+    What the E-step leaves for one micro-batch of `B` questions.
+
+    Args:
+        batch ([`~schedule.QuestionBatch`]):
+            Rows of the training set.
+        orders (`list[list[int]]` of length `B`):
+            Candidate shown at each place of the selector's prompt.
+        targets (`list[list[str]]` of length `B`):
+            Answers whose likelihoods are summed.
+        samples ([`~permutation.PermutationSamples`]):
+            Permutations of the candidates as shown.
+        answer_logps (`Tensor` of shape `(B, m)`, *optional*):
+            \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
+    """
+
+    batch: QuestionBatch
+    orders: list[list[int]]
+    targets: list[list[str]]
+    samples: PermutationSamples
+    answer_logps: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """False for questions repeated only to give every process as many, `(B,)`."""
+        return torch.tensor(self.batch.counted, device=self.samples.logps.device)
+
+    def weigh(self, estimator: SelectorEstimator, temperature: float) -> Weights:
+        """Weights of both roles' losses, see [`~importance.selector_coefficients`]."""
+        answer_logps, correction = self._scored()
+        log_weights = answer_logps + correction
+        # Likelihoods of zero are weights of zero, which only vimco cannot do with.
+        usable = log_weights.isfinite().all(dim=-1) if estimator == "vimco" else log_weights.amax(dim=-1).isfinite()
+        # Unusable rows are weighed as if all alike and masked in the loss.
+        answer_logps = torch.where(usable.unsqueeze(-1), answer_logps, 0.0)
+        correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
+        return Weights(
+            importance_weights(answer_logps, correction, temperature),
+            selector_coefficients(answer_logps, correction, temperature, estimator),
+            usable,
+        )
+
+    def statistics(self, weights: Weights, tiny_likelihood: float) -> dict[str, Tensor]:
+        """
+        Quantities to log, one value per question that counts and, but for the first and last, has finite weights.
+
+        Args:
+            weights ([`Weights`]):
+                Output of [`~Estimate.weigh`].
+            tiny_likelihood (`float`):
+                Likelihood below which a permutation says nothing.
+
+        Returns:
+            `dict[str, Tensor]`: each of shape `(up to B,)`; entropies and bounds in nats.
+        """
+        answer_logps, correction = self._scored()
+        kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
+        answer_logps, correction = answer_logps[kept], correction[kept]
+        unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
+        return {
+            "masked_question_share": ~weights.usable[self.counted],
+            "elbo": elbo(answer_logps, correction),
+            "iwae_bound": iwae_bound(answer_logps, correction),
+            "ess": effective_sample_size(weights.generator[kept]),
+            "weight_entropy": weight_entropy(weights.generator[kept]),
+            "tiny_likelihood_share": answer_logps.amax(dim=-1) < math.log(tiny_likelihood),
+            # -E_p[log p], with the samples of another proposal weighted by p/q.
+            "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),
+            "unique_permutations": torch.tensor(unique),
+        }
+
+    def _scored(self) -> tuple[Tensor, Tensor]:
+        if self.answer_logps is None:
+            raise RuntimeError("the answers of this estimate were not scored yet")
+        return self.answer_logps, self.samples.correction
