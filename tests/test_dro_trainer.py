@@ -606,7 +606,7 @@ def test_model_is_loaded_from_a_folder_with_its_tokenizer(tokenizer, tmp_path):
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_datasets_fail_at_once_before_any_model_is_loaded(tmp_path, case):
     build, _ = MALFORMED[case]
-    args = DROConfig(str(tmp_path), num_selected=2, use_cpu=True)
+    args = DROConfig(str(tmp_path), num_selected=3, use_cpu=True)
     start = time.perf_counter()
     with pytest.raises(ValueError) as error:
         DROTrainer("no/such-model", args, build(), peft_config=LoraConfig())
