@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
 import json
+import random
 import time
 import warnings
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_squared_error_of_the_gradient_falls_like_one_over_m(make_trainer):
         exact = exact_gradients(trainer, trainer.train_dataset[0])
         for role in ROLES:
             squared_errors[role].append(0.0)
-        for _ in range(repeats):
+        for repeat in range(repeats):
+            trainer.args.seed = repeat
             run_step(trainer)
             for role in ROLES:
                 squared_errors[role][-1] += relative_error(gradients(trainer, role), exact[role]) ** 2 / repeats
@@ -319,7 +321,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(make_tra
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4, gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1
-    [estimate] = trainer._expectation_step(micro_batch.block)
+    [estimate] = trainer._expectation_step(micro_batch)
     trainer._maximization_step(trainer.model, estimate)
     whole = {role: gradients(trainer, role) for role in ROLES}
 
@@ -343,54 +345,65 @@ def test_algorithm_1_estimates_the_whole_epoch_once_and_visits_it_as_often_as_as
     sizes = []
     expectation_step = trainer._expectation_step
     monkeypatch.setattr(
-        trainer, "_expectation_step", lambda block: sizes.append(len(block)) or expectation_step(block)
+        trainer, "_expectation_step", lambda inputs: sizes.append(len(inputs.block)) or expectation_step(inputs)
     )
     trainer.train()
     assert sizes == [4, 4]  # 8 questions, 2 at a time
     assert trainer.state.global_step == 2 * 4 * 2
 
 
-def test_candidates_are_shuffled_in_training_and_never_in_evaluation(make_trainer, monkeypatch):
-    trainer = make_trainer(eval_dataset=make_dataset(2), num_permutations=2)
+def test_candidates_are_shuffled_anew_in_training_and_never_in_evaluation(make_trainer, monkeypatch):
+    dataset = make_dataset(2)
+    trainer = make_trainer(dataset, eval_dataset=dataset, num_permutations=2, max_steps=-1, num_train_epochs=2)
     seen = []
     sample = trainer.rag.sample
-    monkeypatch.setattr(
-        trainer.rag,
-        "sample",
-        lambda questions, *a, **k: (
-            seen.append([[d["id"] for d in q["documents"]] for q in questions]) or sample(questions, *a, **k)
-        ),
-    )
-    run_step(trainer)
-    run_step(trainer)
-    assert seen[0] != seen[1]
+
+    def recording(questions, *args, **kwargs):
+        seen.append({question["question"]: [d["id"] for d in question["documents"]] for question in questions})
+        return sample(questions, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.rag, "sample", recording)
+    trainer.train()
+    assert len(seen) == 2 and all(seen[0][question] != seen[1][question] for question in dataset["question"])
     seen.clear()
     trainer.evaluate()
-    assert all(ids == sorted(ids) for questions in seen for ids in questions)
+    assert all(ids == sorted(ids) for questions in seen for ids in questions.values())
 
 
-def test_evaluation_reports_both_roles_and_the_retriever_and_leaves_training_draws_alone(make_trainer):
+def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
+    trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4)
+    [micro_batch] = list(trainer.get_train_dataloader())
+    [together] = trainer._expectation_step(micro_batch)
+    batch = micro_batch.block[0]
+    with torch.no_grad():
+        trainer.model.eval()
+        for i in range(4):
+            alone = trainer._estimate(type(batch)([batch.rows[i]], [True], 1.0), micro_batch.block_index)
+            assert alone.orders[0] == together.orders[i]
+            assert torch.equal(alone.samples.permutations[0], together.samples.permutations[i])
+
+
+def test_evaluation_reports_both_roles_and_the_retriever_and_repeats_exactly(make_trainer):
     trainer = make_trainer(eval_dataset=make_dataset(3))
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
     first = trainer.evaluate()
-    assert torch.equal(torch.rand(1), expected)
-    names = {
-        "em",
-        "f1",
-        "recall@1",
-        "recall@2",
-        "retriever_recall@1",
-        "retriever_recall@2",
-        "elbo",
-        "iwae_bound",
-        "loss",
-    }
+    bounds = ["elbo", "iwae_bound", "loss"]
+    names = ["em", "f1", "recall@1", "recall@2", "retriever_recall@1", "retriever_recall@2", *bounds]
     assert {f"eval_{name}" for name in names} <= set(first)
     assert first["eval_elbo"] <= first["eval_iwae_bound"] + 1e-5
     second = trainer.evaluate()
     assert all(first[f"eval_{name}"] == second[f"eval_{name}"] for name in names)
+    trainer.args.per_device_eval_batch_size = 1
+    one_by_one = trainer.evaluate()
+    assert all(one_by_one[f"eval_{name}"] == pytest.approx(first[f"eval_{name}"], abs=1e-4) for name in names)
+
+
+def test_evaluation_leaves_trainings_draws_alone(make_trainer):
+    losses = []
+    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = make_trainer(eval_dataset=make_dataset(2), **settings)
+        trainer.train()
+        losses.append([logs["loss"] for logs in trainer.state.log_history if "loss" in logs])
+    assert losses[0] == losses[1]
 
 
 def test_best_model_is_loaded_for_both_roles_and_early_stopping_stops(make_trainer):
@@ -469,7 +482,7 @@ def test_roles_without_adapters_are_two_full_models(make_trainer):
 def test_answer_targets_use_the_aliases(make_trainer, target):
     trainer = make_trainer(answer_target=target)
     assert torch.isfinite(run_step(trainer))
-    targets = {answer for _ in range(20) for answer in trainer._targets(["a", "b"])}
+    targets = {answer for i in range(20) for answer in trainer._targets(["a", "b"], random.Random(i))}
     assert targets == {"a", "b"}
 
 
@@ -645,7 +658,7 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
     trainer = make_trainer(Dataset.from_list(rows), gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1
-    [estimate] = trainer._expectation_step(micro_batch.block)
+    [estimate] = trainer._expectation_step(micro_batch)
     healthy = estimate.batch.rows.index(0)
     alone = type(estimate)(
         type(estimate.batch)([0], [True], estimate.batch.denominator),
@@ -698,7 +711,7 @@ def test_every_call_of_train_estimates_anew(make_trainer, monkeypatch):
     trainer = make_trainer(steps_per_estimation=-1, max_steps=-1, num_train_epochs=1)
     calls = []
     expectation_step = trainer._expectation_step
-    monkeypatch.setattr(trainer, "_expectation_step", lambda block: calls.append(1) or expectation_step(block))
+    monkeypatch.setattr(trainer, "_expectation_step", lambda inputs: calls.append(1) or expectation_step(inputs))
     trainer.train()
     trainer.train()
     assert len(calls) == 2
@@ -713,6 +726,7 @@ def test_scaled_gradients_are_unscaled_once_and_logged_unscaled(make_trainer, mo
     accelerator._optimizers = [trainer.create_optimizer()]
     parameter = trainer.roles.named_parameters("selector")[0][1]
     accelerator.scaler.scale(parameter.sum()).backward()
+    trainer._usable_questions = 1
     trainer._clip_grad_norm(trainer.model)
     assert trainer._means.pop()["selector/grad_norm"] == pytest.approx(parameter.numel() ** 0.5, rel=1e-4)
 

@@ -89,6 +89,14 @@ class DROConfig(_BaseConfig):
             What the selector's loss differentiates: `"constrained"` is the distribution over valid permutations that
             is sampled from; `"full_vocabulary"` the likelihood of the written tokens among all tokens, as in the
             paper, which also teaches the format to a selector that will be served by plain text generation.
+        likelihood_floor (`float`, *optional*, defaults to `0.0`):
+            Answer likelihood \\( f \\) from which a question counts fully. Both losses of a question are multiplied by
+            \\( \bar p / (\bar p + f) \\), with \\( \bar p \\) the mean likelihood over its permutations: without it, a
+            question whose answer is impossible under all of them is weighed like any other, and self-normalisation
+            amplifies noise. The mean factor is logged as `question_weight`.
+        max_skipped_updates (`int`, *optional*, defaults to `10`):
+            Training ends with an error after this many updates in a row were left out because a gradient was not
+            finite or no question had a finite likelihood.
         train_selector (`bool`, *optional*, defaults to `True`):
             Whether to train the selector. `False` is the paper's "w/o selector".
         train_generator (`bool`, *optional*, defaults to `True`):
@@ -211,6 +219,13 @@ class DROConfig(_BaseConfig):
             "choices": list(get_args(SelectorLikelihood)),
         },
     )
+    likelihood_floor: float = field(
+        default=0.0,
+        metadata={"help": "Answer likelihood from which a question counts fully; 0 counts every question alike."},
+    )
+    max_skipped_updates: int = field(
+        default=10, metadata={"help": "End with an error after this many updates in a row were not finite."}
+    )
     train_selector: bool = field(default=True, metadata={"help": "Whether to train the selector."})
     train_generator: bool = field(default=True, metadata={"help": "Whether to train the generator."})
     selector_learning_rate: float | None = field(
@@ -260,6 +275,7 @@ class DROConfig(_BaseConfig):
             "num_permutations": 1,
             "max_answer_length": 1,
             "maximization_epochs": 1,
+            "max_skipped_updates": 1,
             "max_candidates": self.num_selected,
             "max_prompt_length": 1,
             "max_document_length": 1,
@@ -273,6 +289,8 @@ class DROConfig(_BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0 (evaluation is greedy by itself)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
+        if not 0 <= self.likelihood_floor < 1:
+            raise ValueError(f"likelihood_floor={self.likelihood_floor}: it must be at least 0 and below 1")
         if not 0 < self.tiny_likelihood < 1:
             raise ValueError(f"tiny_likelihood={self.tiny_likelihood}: it must lie between 0 and 1")
         if self.steps_per_estimation < 1 and self.steps_per_estimation != -1:

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ._trl_compat import _BaseTrainer
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .estimation import Estimate, Weights
@@ -34,11 +33,13 @@ from .loading import (
     generator_revision,
     load_model,
     load_tokenizers,
+    refuse_sharding,
 )
-from .logs import RunningMeans, permutation_rows, print_permutations, save_permutations
+from .logs import permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationCodec, PermutationSamples
-from .prompts import check_lengths
+from .prompts import check_lengths, question_text
 from .rag_model import RAGModel
+from .role_trainer import RoleTrainer
 from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 
@@ -46,7 +47,7 @@ from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, Quest
 logger = get_logger(__name__)
 
 
-class DROTrainer(_BaseTrainer):
+class DROTrainer(RoleTrainer):
     r"""
     Trainer for Direct Retrieval-augmented Optimization (DRO), introduced in [Direct Retrieval-augmented Optimization:
     Synergizing Knowledge Selection and Language Models](https://huggingface.co/papers/2505.03075).
@@ -102,7 +103,6 @@ class DROTrainer(_BaseTrainer):
             is loaded.
     """
 
-    args: DROConfig
     loss_is_scaled_for_ga = False
 
     _tag_names = ["trl", "dro"]
@@ -141,6 +141,7 @@ class DROTrainer(_BaseTrainer):
                 "quantized weights cannot be trained: pass `peft_config` along with `quantization_config`"
             )
 
+        refuse_sharding(args)
         # Whatever can be wrong is found before weights are loaded.
         datasets = {"train_dataset": train_dataset} if train_dataset is not None or eval_dataset is None else {}
         if isinstance(eval_dataset, dict):
@@ -180,12 +181,12 @@ class DROTrainer(_BaseTrainer):
             peft_config,
         )
         trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
-        self.roles = Roles(role_model, trained)
-        cast_adapters_for_quantized_base(self.roles)
+        roles = Roles(role_model, trained)
+        cast_adapters_for_quantized_base(roles)
         if args.disable_dropout:
             disable_dropout(role_model)
         if args.gradient_checkpointing:
-            self.roles.enable_input_require_grads()
+            roles.enable_input_require_grads()
 
         self._estimates: list[Estimate] = []
         self._estimated_block = -1
@@ -193,12 +194,12 @@ class DROTrainer(_BaseTrainer):
         self._collapse_warned = False
 
         super().__init__(
-            model=role_model,
+            roles,
+            tokenizers,
             args=args,
             data_collator=list,  # a batch of evaluation questions is a list of records
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizers["generator"],
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -207,14 +208,8 @@ class DROTrainer(_BaseTrainer):
                 "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
                 "visible with CUDA_VISIBLE_DEVICES"
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP would step the optimizer after each role's backward or save one adapter only: use "
-                "plain data parallelism (`accelerate launch --multi_gpu`)"
-            )
         self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device)
-        self._means = RunningMeans(self.accelerator)
-        # Processes must not draw the same permutations.
+        # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
     # Data
@@ -259,9 +254,25 @@ class DROTrainer(_BaseTrainer):
         self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         model.train()
+        try:
+            return self._em_step(model, inputs)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(self._memory_advice(error)) from error
+
+    def _memory_advice(self, error: Exception) -> str:
+        args = self.args
+        return (
+            f"{str(error).splitlines()[0]} A micro-batch of {args.per_device_train_batch_size} questions has up to "
+            f"{args.max_candidates} candidates and {args.num_permutations} permutations of {args.num_selected} "
+            f"documents each. Lower per_device_train_batch_size and raise gradient_accumulation_steps, lower "
+            "max_document_length, max_candidates or num_permutations, turn on gradient_checkpointing, or load the "
+            "base in 4 bits."
+        )
+
+    def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         start = time.perf_counter()
         if inputs.block_index != self._estimated_block:
-            self._estimates = self._expectation_step(inputs.block)
+            self._estimates = self._expectation_step(inputs)
             self._estimated_block = inputs.block_index
             self._means.add("e_step_seconds", time.perf_counter() - start)
         middle = time.perf_counter()
@@ -273,20 +284,27 @@ class DROTrainer(_BaseTrainer):
         self.rag.num_tokens.zero_()
         return loss
 
-    def _expectation_step(self, block: list[QuestionBatch]) -> list[Estimate]:
+    def _expectation_step(self, inputs: MicroBatch) -> list[Estimate]:
         """Samples permutations for every question of a block and scores the answer under each (equations 4 to 7)."""
+        block = inputs.block
         show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
         with self._inference():
-            return [self._estimate(batch) for batch in tqdm(block, desc="E-step", leave=False, disable=not show)]
+            return [
+                self._estimate(batch, inputs.block_index)
+                for batch in tqdm(block, desc="E-step", leave=False, disable=not show)
+            ]
 
-    def _estimate(self, batch: QuestionBatch) -> Estimate:
+    def _estimate(self, batch: QuestionBatch, block_index: int) -> Estimate:
         args = self.args
         records = self._records(batch.rows)
-        sizes = [len(record["documents"]) for record in records]
-        orders = [torch.randperm(n).tolist() if args.shuffle_candidates else list(range(n)) for n in sizes]
-        targets = [self._targets(record["answers"]) for record in records]
+        # What is drawn for a question depends on seed, block and row, and not on the batch or process it is in.
+        draws = [random.Random(f"{args.seed}, block {block_index}, row {row}") for row in batch.rows]
+        orders = [list(range(len(record["documents"]))) for record in records]
+        if args.shuffle_candidates:
+            orders = [draw.sample(order, len(order)) for draw, order in zip(draws, orders, strict=True)]
+        targets = [self._targets(record["answers"], draw) for record, draw in zip(records, draws, strict=True)]
         questions = _reorder(records, orders)
-        samples = self._sample(questions, args.temperature, args.top_p)
+        samples = self._sample(questions, args.temperature, args.top_p, [draw.getrandbits(62) for draw in draws])
         estimate = Estimate(batch, orders, targets, samples)
         # When an estimate serves one update, the generator's loss forward is its scoring forward.
         if args.steps_per_estimation != 1 or args.maximization_epochs != 1 or not args.train_generator:
@@ -298,6 +316,7 @@ class DROTrainer(_BaseTrainer):
         Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
         forward: gradient checkpointing recomputes with the adapter that is active at that time.
         """
+        self._last_rows = estimate.batch.rows
         questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
         permutations = estimate.samples.permutations
 
@@ -344,10 +363,13 @@ class DROTrainer(_BaseTrainer):
             counted = weights.usable & estimate.counted
             if logps.isnan().any():
                 # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
+                broken = [self._last_rows[i] for i in (~weights.usable).nonzero().flatten().tolist()]
+                logger.warning(f"No finite likelihood for questions {self._question_ids(broken)}: left out.")
                 rows = counted.nonzero().flatten().tolist()
                 coefficients, counted = coefficients[rows], counted[rows]
                 with self.compute_loss_context_manager():
                     logps = score(rows, None) if rows else self._no_gradient(role)
+            self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
             loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
@@ -364,10 +386,13 @@ class DROTrainer(_BaseTrainer):
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
     def _weigh(self, estimate: Estimate) -> Weights:
-        return estimate.weigh(self.args.selector_estimator, self.args.weight_temperature)
+        args = self.args
+        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor)
 
-    def _sample(self, questions: list[dict[str, Any]], temperature: float, top_p: float) -> PermutationSamples:
-        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p)
+    def _sample(
+        self, questions: list[dict[str, Any]], temperature: float, top_p: float, seeds: list[int]
+    ) -> PermutationSamples:
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds)
         if self.args.selector_likelihood == "constrained":
             return samples
         logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood)
@@ -379,10 +404,10 @@ class DROTrainer(_BaseTrainer):
         mean = self.args.answer_likelihood == "mean"
         return self.rag.answer_logps(questions, targets, permutations, mean, wrapped)
 
-    def _targets(self, answers: list[str]) -> list[str]:
+    def _targets(self, answers: list[str], draw: random.Random) -> list[str]:
         if self.args.answer_target == "all":
             return answers
-        return [random.choice(answers) if self.args.answer_target == "random" else answers[0]]
+        return [draw.choice(answers) if self.args.answer_target == "random" else answers[0]]
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -394,43 +419,6 @@ class DROTrainer(_BaseTrainer):
                 yield
         finally:
             self.model.train(was_training)
-
-    # Optimization
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW or `args.optim`, with one learning rate per role."""
-        if self.optimizer is None:
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            decayed = set(self.get_decay_parameter_names(self.model))
-            groups = []
-            for role in self.roles.trained:
-                rate = getattr(self.args, f"{role}_learning_rate")
-                for decays in (True, False):
-                    group = {
-                        "params": [p for n, p in self.roles.named_parameters(role) if (n in decayed) == decays],
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                        "lr": self.args.learning_rate if rate is None else rate,
-                    }
-                    if group["params"]:
-                        groups.append(group)
-            self.optimizer_cls_and_kwargs = (optimizer_cls, {**kwargs, "params": groups})
-        return super().create_optimizer(model)
-
-    def _clip_grad_norm(self, model: nn.Module):
-        self._record_grad_norms()
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        if grad_norm is None:  # gradients are not clipped
-            self._record_grad_norms()
-        return super()._get_grad_norm(model, grad_norm)
-
-    def _record_grad_norms(self) -> None:
-        scaler = self.accelerator.scaler  # of fp16 alone; its factor is still in the gradients here
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        for role in self.roles.trained:
-            gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
-            self._means.add(f"{role}/grad_norm", nn.utils.get_total_norm(gradients) / scale)
 
     # Logs
 
@@ -485,15 +473,13 @@ class DROTrainer(_BaseTrainer):
         """
         Selects greedily, generates answers, and scores both: `em`, `f1`, `recall@k` of the selector and of the
         retriever, and over `num_permutations` sampled permutations the `elbo`, the `iwae_bound` and the `loss`, which
-        is minus the IWAE bound of the first answer. Draws are the same at every evaluation and leave training's alone.
+        is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
         """
         self.callback_handler.eval_dataloader = dataloader
         scores: list[Tensor] = []
         names: list[str] = []
         answers: list[str] = []
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self._inference(), torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed + self.args.process_index)
+        with self._inference():
             for records in dataloader:
                 batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
                 names = list(batch_scores)
@@ -516,7 +502,11 @@ class DROTrainer(_BaseTrainer):
             name: torch.tensor([row[name] for row in per_question], device=self.args.device)
             for name in per_question[0]
         }
-        samples = self._sample(questions, temperature=1.0, top_p=1.0)
+        seeds = [
+            random.Random(f"{self.args.seed}, {question_text(question['question'])}").getrandbits(62)
+            for question in questions
+        ]
+        samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
         targets = [question["answers"][:1] for question in questions]
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
         usable = (answer_logps + samples.correction).isfinite().all(dim=-1)
@@ -526,26 +516,21 @@ class DROTrainer(_BaseTrainer):
         scores["loss"] = -scores["iwae_bound"]
         return answers, scores
 
-    # Saving and loading
+    # What a run that resumes in the middle of a block needs of its E-step
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes `selector/` and `generator/`, each loadable on its own, the tokenizers and the training arguments."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.roles.save(folder)
-        self.processing_class.save_pretrained(folder)
-        for role in ROLES:
-            self.rag.tokenizers[role].save_pretrained(folder / role)
-        torch.save(self.args, folder / "training_args.bin")
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.steps_per_estimation != 1 or self.args.maximization_epochs != 1:
+            torch.save((self._estimated_block, self._estimates), self._estimates_file(output_dir))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.roles.load(resume_from_checkpoint)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
+            with torch.serialization.safe_globals([Estimate, QuestionBatch, PermutationSamples]):
+                self._estimated_block, self._estimates = torch.load(path, map_location=self.args.device)
 
-    def _load_best_model(self) -> None:
-        logger.info(f"Loading best roles from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
-        self.roles.load(self.state.best_model_checkpoint)
+    def _estimates_file(self, folder: str) -> Path:
+        return Path(folder) / f"estimates_{self.args.process_index}.pt"
 
 
 def _reorder(records: list[dict[str, Any]], orders: list[list[int]]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
     Args:
         generator (`Tensor` of shape `(B, m)`):
-            Self-normalised importance weights.
+            Self-normalised importance weights, times the question's weight under a likelihood floor.
         selector (`Tensor` of shape `(B, m)`):
             Coefficients of the selector's estimator.
         usable (`Tensor` of shape `(B,)`):
@@ -68,8 +68,22 @@ class Estimate:
         """False for questions repeated only to give every process as many, `(B,)`."""
         return torch.tensor(self.batch.counted, device=self.samples.logps.device)
 
-    def weigh(self, estimator: SelectorEstimator, temperature: float) -> Weights:
-        """Weights of both roles' losses, see [`~importance.selector_coefficients`]."""
+    def weigh(self, estimator: SelectorEstimator, temperature: float = 1.0, likelihood_floor: float = 0.0) -> Weights:
+        r"""
+        Weights of both roles' losses.
+
+        Args:
+            estimator (`str`):
+                See [`~importance.selector_coefficients`].
+            temperature (`float`, *optional*, defaults to `1.0`):
+                See [`~importance.importance_weights`].
+            likelihood_floor (`float`, *optional*, defaults to `0.0`):
+                \\( f \\) in the factor \\( \bar p / (\bar p + f) \\) of each question, \\( \bar p \\) being its mean
+                likelihood over permutations.
+
+        Returns:
+            [`Weights`]
+        """
         answer_logps, correction = self._scored()
         log_weights = answer_logps + correction
         # Likelihoods of zero are weights of zero, which only vimco cannot do with.
@@ -77,9 +91,12 @@ class Estimate:
         # Unusable rows are weighed as if all alike and masked in the loss.
         answer_logps = torch.where(usable.unsqueeze(-1), answer_logps, 0.0)
         correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
+        factor = torch.ones_like(answer_logps[:, :1])
+        if likelihood_floor > 0:
+            factor = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid().unsqueeze(-1)
         return Weights(
-            importance_weights(answer_logps, correction, temperature),
-            selector_coefficients(answer_logps, correction, temperature, estimator),
+            factor * importance_weights(answer_logps, correction, temperature),
+            factor * selector_coefficients(answer_logps, correction, temperature, estimator),
             usable,
         )
 
@@ -99,13 +116,16 @@ class Estimate:
         answer_logps, correction = self._scored()
         kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
         answer_logps, correction = answer_logps[kept], correction[kept]
+        question_weight = weights.generator[kept].sum(dim=-1)  # 1 without a likelihood floor
+        normalised = weights.generator[kept] / question_weight.unsqueeze(-1)
         unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
         return {
             "masked_question_share": ~weights.usable[self.counted],
             "elbo": elbo(answer_logps, correction),
             "iwae_bound": iwae_bound(answer_logps, correction),
-            "ess": effective_sample_size(weights.generator[kept]),
-            "weight_entropy": weight_entropy(weights.generator[kept]),
+            "ess": effective_sample_size(normalised),
+            "weight_entropy": weight_entropy(normalised),
+            "question_weight": question_weight,
             "tiny_likelihood_share": answer_logps.amax(dim=-1) < math.log(tiny_likelihood),
             # -E_p[log p], with the samples of another proposal weighted by p/q.
             "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),

@@ -78,6 +78,19 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def refuse_sharding(args: DROConfig) -> None:
+    """
+    Raises `ValueError` under DeepSpeed and FSDP. accelerate steps a DeepSpeed engine at every backward, of which there
+    is one per role, and sharded checkpoints hold the active adapter only.
+    """
+    if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
+            "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
+            "load_in_4bit for a base that does not fit"
+        )
+
+
 def generator_revision(args: DROConfig) -> str | None:
     """Revision of `model` in `args.model_init_kwargs`, which says nothing of the repo of a `selector_model`."""
     return cast(dict, args.model_init_kwargs or {}).get("revision")

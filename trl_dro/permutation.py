@@ -237,6 +237,7 @@ def sample_permutations(
     temperature: float = 1.0,
     top_p: float = 1.0,
     greedy: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> PermutationSamples:
     """
     Draws permutations from the constrained distribution. Each prompt is prefilled once and its cache expanded to
@@ -265,10 +266,20 @@ def sample_permutations(
             Keeps the most probable allowed tokens whose tempered probabilities reach `top_p`.
         greedy (`bool`, *optional*, defaults to `False`):
             Take the most probable token at every branch instead of sampling.
+        seeds (`list[int]` of length `B`, *optional*):
+            Seed of each question's draws, which then do not depend on the batch, the process or the device it is in.
+            Drawn from the global generator by default.
 
     Returns:
         [`PermutationSamples`]
     """
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    # A uniform number for every choice that each sample could have to make: [B * m, choices]
+    noise = torch.cat(
+        [torch.rand(num_permutations, codec.max_length, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+    num_choices = [0] * len(noise)
     writers = [_Writer(codec, n) for n in num_documents for _ in range(num_permutations)]  # B * m, by question
     forced = [writer.write_forced() for writer in writers]
     # The tokens forced before the first choice are the same for all samples of a question: part of its prefill.
@@ -300,13 +311,18 @@ def sample_permutations(
             log_p = branch_logits.log_softmax(dim=-1)  # [choosing rows, most allowed tokens]
             # A broken row (NaN) is sampled as if uniform; its log p stays NaN, by which it is known later.
             log_q = truncate_to_top_p((branch_logits.nan_to_num(nan=0.0) / temperature).log_softmax(dim=-1), top_p)
-            chosen = log_p.argmax(dim=-1) if greedy else torch.multinomial(log_q.exp(), 1).squeeze(-1)
+            if greedy:
+                chosen = log_p.argmax(dim=-1)
+            else:
+                uniform = torch.stack([noise[i, num_choices[i]] for i in choosing])
+                chosen = inverse_cdf(log_q, uniform)
             logps[choosing] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             if not greedy:
                 proposal_logps[choosing] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             tokens = allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
             for i, token in zip(choosing, tokens, strict=True):
                 pending[i] = writers[i].write(token)
+                num_choices[i] += 1
         unfinished = [i for i, writer in enumerate(writers) if writer.allowed()]
         if not unfinished:
             break
@@ -401,6 +417,25 @@ def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]
     ]
     pairs = [(question, list(permutation)) for question, *permutation in index]
     return pairs, torch.tensor(inverse, device=permutations.device)
+
+
+def inverse_cdf(logps: Tensor, uniform: Tensor) -> Tensor:
+    """
+    Outcomes drawn by uniform numbers.
+
+    Args:
+        logps (`Tensor` of shape `(R, A)`):
+            Log-probabilities; `-inf` is never drawn.
+        uniform (`Tensor` of shape `(R,)`):
+            Numbers from 0 (included) to 1 (excluded).
+
+    Returns:
+        `Tensor` of shape `(R,)`: indices.
+    """
+    # In double precision, a number below 1 stays below the total, so that no outcome of probability 0 is drawn.
+    cumulative = logps.detach().cpu().double().exp().cumsum(dim=-1)
+    thresholds = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1).to(logps.device)
 
 
 def truncate_to_top_p(logps: Tensor, top_p: float) -> Tensor:

@@ -57,6 +57,7 @@ class RAGModel:
         self.prompts = prompts
         self.codec = codec
         self.device = device
+        self.max_tokens: int | None = None
         # Counted on the device: reading it at every forward would wait for the GPU.
         self.num_tokens = torch.zeros((), dtype=torch.long, device=device)
 
@@ -67,20 +68,31 @@ class RAGModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         greedy: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> PermutationSamples:
         """Permutations drawn from the selector, see [`~permutation.sample_permutations`]."""
-        return sample_permutations(
-            self._forward("selector"),
-            self.codec,
-            self._selector_prompts(questions),
-            [len(question["documents"]) for question in questions],
-            num_permutations,
-            self.tokenizers["selector"].pad_token_id,
-            self.device,
-            temperature,
-            top_p,
-            greedy,
-        )
+        if seeds is None:
+            seeds = [0] * len(questions) if greedy else torch.randint(2**62, (len(questions),)).tolist()
+        prompts = self._selector_prompts(questions)
+
+        def sample(rows: list[int]) -> PermutationSamples:
+            return sample_permutations(
+                self._forward("selector"),
+                self.codec,
+                [prompts[row] for row in rows],
+                [len(questions[row]["documents"]) for row in rows],
+                num_permutations,
+                self.tokenizers["selector"].pad_token_id,
+                self.device,
+                temperature,
+                top_p,
+                greedy,
+                [seeds[row] for row in rows],
+            )
+
+        # The prefill is one row per question, its cache `num_permutations` of them.
+        parts = self._in_chunks(sample, [num_permutations * len(prompt) for prompt in prompts])
+        return PermutationSamples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def permutation_logps(
         self,
@@ -107,17 +119,21 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         prompts = self._selector_prompts(questions)
-        logps = permutation_logps(
-            self._forward("selector", wrapped),
-            self.codec,
-            [prompts[question] for question, _ in pairs],
-            [permutation for _, permutation in pairs],
-            [len(questions[question]["documents"]) for question, _ in pairs],
-            self.tokenizers["selector"].pad_token_id,
-            self.device,
-            likelihood,
-        )
-        return logps[inverse]
+
+        def score(rows: list[int]) -> Tensor:
+            return permutation_logps(
+                self._forward("selector", wrapped),
+                self.codec,
+                [prompts[pairs[row][0]] for row in rows],
+                [pairs[row][1] for row in rows],
+                [len(questions[pairs[row][0]]["documents"]) for row in rows],
+                self.tokenizers["selector"].pad_token_id,
+                self.device,
+                likelihood,
+            )
+
+        logps = self._in_chunks(score, [len(prompts[question]) + self.codec.max_length for question, _ in pairs])
+        return torch.cat(logps)[inverse]
 
     def answer_logps(
         self,
@@ -147,16 +163,25 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         prompts = [self._generator_prompt(questions[question], permutation) for question, permutation in pairs]
-        rows = [(i, target) for i, (question, _) in enumerate(pairs) for target in targets[question]]
         tokenizer = self.tokenizers["generator"]
-        completion = completion_logits(
-            self._forward("generator", wrapped),
-            [prompts[i] for i, _ in rows],
-            [answer_ids(tokenizer, target) for _, target in rows],
-            tokenizer.pad_token_id,
-            self.device,
-        )
-        aliases = completion_logps(completion, mean).split([len(targets[question]) for question, _ in pairs])
+        pairs_and_answers = [
+            (prompts[i], answer_ids(tokenizer, target))
+            for i, (question, _) in enumerate(pairs)
+            for target in targets[question]
+        ]
+
+        def score(rows: list[int]) -> Tensor:
+            completion = completion_logits(
+                self._forward("generator", wrapped),
+                [pairs_and_answers[row][0] for row in rows],
+                [pairs_and_answers[row][1] for row in rows],
+                tokenizer.pad_token_id,
+                self.device,
+            )
+            return completion_logps(completion, mean)
+
+        logps = self._in_chunks(score, [len(prompt) + len(answer) for prompt, answer in pairs_and_answers])
+        aliases = torch.cat(logps).split([len(targets[question]) for question, _ in pairs])
         return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
 
     @torch.no_grad()
@@ -195,6 +220,26 @@ class RAGModel:
         texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def _in_chunks(self, run: Callable[[list[int]], Any], lengths: Sequence[int]) -> list[Any]:
+        """
+        Results of `run` over all rows, in as few chunks as fit into memory. The largest chunk, in padded tokens, is
+        found by halving when memory runs out, and kept. A forward with gradients is one chunk: its graph is needed
+        whole.
+        """
+        rows = list(range(len(lengths)))
+        if torch.is_grad_enabled():
+            return [run(rows)]
+        while True:
+            chunks = chunk_rows(lengths, self.max_tokens)
+            try:
+                return [run(chunk) for chunk in chunks]
+            except torch.OutOfMemoryError:
+                largest = max(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks)
+                if len(chunks) == len(rows):
+                    raise
+                self.max_tokens = largest // 2
+                torch.accelerator.empty_cache()
+
     def _selector_prompts(self, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
         return [self.prompts["selector"](question["question"], question["documents"]) for question in questions]
 
@@ -207,6 +252,30 @@ class RAGModel:
             return self.roles.forward(role, wrapped, **inputs)
 
         return forward
+
+
+def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    """
+    Consecutive rows in chunks that, padded to their longest, have at most `max_tokens` tokens; a longer row is alone.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each row.
+        max_tokens (`int`, *optional*):
+            Padded tokens of a chunk; `None` puts all rows in one.
+
+    Returns:
+        `list[list[int]]`: row indices.
+    """
+    chunks: list[list[int]] = []
+    longest = 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not chunks or (max_tokens is not None and (len(chunks[-1]) + 1) * longest > max_tokens):
+            chunks.append([])
+            longest = length
+        chunks[-1].append(row)
+    return chunks
 
 
 @contextlib.contextmanager

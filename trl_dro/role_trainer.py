@@ -1,0 +1,235 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What training two roles needs of transformers' Trainer, whatever their losses: one optimizer with a rate per role,
+updates that are finite, checkpoints that are whole and hold both roles, and a way to stop between two updates."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from ._trl_compat import _BaseTrainer
+from .checkpoint import (
+    StopOnSignal,
+    find_checkpoints,
+    find_damage,
+    put_in_place,
+    remove_leftovers,
+    staging_folder,
+)
+from .dro_config import DROConfig
+from .logs import RunningMeans
+from .roles import ROLES, Roles
+
+
+logger = get_logger(__name__)
+
+
+class RoleTrainer(_BaseTrainer):
+    """
+    Trainer of a module made by [`~roles.prepare_role_model`].
+
+    Args:
+        roles ([`~roles.Roles`]):
+            The two roles.
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizer of each role, saved beside it.
+        kwargs:
+            Passed to [`~transformers.Trainer`].
+    """
+
+    args: DROConfig
+
+    def __init__(self, roles: Roles, tokenizers: dict, **kwargs):
+        self.roles = roles
+        self.tokenizers = tokenizers
+        self._usable_questions = 0  # of the update under way
+        self._last_rows: list[int] = []
+        self._skipped_updates = 0  # in a row
+        self._staging: Path | None = None
+        super().__init__(model=roles.model, processing_class=tokenizers["generator"], **kwargs)
+        self._means = RunningMeans(self.accelerator)
+        self._stop = StopOnSignal(self.accelerator)
+        self.add_callback(self._stop)
+
+    # Optimization
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or `args.optim`, with one learning rate per role."""
+        if self.optimizer is None:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = []
+            for role in self.roles.trained:
+                rate = getattr(self.args, f"{role}_learning_rate")
+                for decays in (True, False):
+                    group = {
+                        "params": [p for n, p in self.roles.named_parameters(role) if (n in decayed) == decays],
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        "lr": self.args.learning_rate if rate is None else rate,
+                    }
+                    if group["params"]:
+                        groups.append(group)
+            self.optimizer_cls_and_kwargs = (optimizer_cls, {**kwargs, "params": groups})
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: nn.Module):
+        self._check_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        if grad_norm is None:  # gradients are not clipped
+            self._check_gradients()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _check_gradients(self) -> None:
+        """Logs the norm of each role's gradient, and leaves out an update that could only do harm."""
+        scaler = self.accelerator.scaler  # of fp16 alone, which leaves out such updates by itself
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        norms = {}
+        for role in self.roles.trained:
+            gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
+            norms[role] = nn.utils.get_total_norm(gradients) / scale
+        usable = torch.tensor(float(self._usable_questions), device=self.args.device)
+        usable = self.accelerator.reduce(usable, reduction="sum")
+        self._usable_questions = 0
+        skip = not bool(usable > 0) or (scaler is None and not all(bool(norm.isfinite()) for norm in norms.values()))
+        self._means.add("skipped_update_share", float(skip))
+        if not skip:
+            self._skipped_updates = 0
+            for role, norm in norms.items():
+                self._means.add(f"{role}/grad_norm", norm)
+            return
+        for role in self.roles.trained:
+            for _, parameter in self.roles.named_parameters(role):
+                parameter.grad = None  # the optimizer passes over it, momentum and weight decay included
+            self._means.add(f"{role}/grad_norm", 0.0, 0.0)
+        self._skipped_updates += 1
+        shown = self._question_ids(self._last_rows)
+        logger.warning(f"Update {self.state.global_step + 1} left out: not finite (last questions: {shown}).")
+        if self._skipped_updates >= self.args.max_skipped_updates:
+            raise FloatingPointError(
+                f"{self._skipped_updates} updates in a row were not finite (last questions: {shown}): lower the "
+                "learning rate, check these questions, or use bf16 instead of fp16"
+            )
+
+    def _question_ids(self, rows: list[int]) -> str:
+        """Ids of training questions, or their rows where they have none."""
+        return ", ".join(str(self.train_dataset[row].get("id", f"row {row}")) for row in rows)
+
+    # Saving, loading, stopping
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Trains, see [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest checkpoint that is
+        whole. SIGTERM or Ctrl-C ends training after the current update with a checkpoint and exits.
+
+        Raises:
+            `ValueError`: the checkpoint to resume from is missing or damaged.
+            `SystemExit`: the process was asked to stop, and its checkpoint is saved.
+        """
+        if self.args.should_save:
+            remove_leftovers(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        with self._stop.installed():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self._stop.received is not None:
+                name, number = self._stop.received.name, int(self._stop.received)
+                if self.is_world_process_zero():
+                    print(
+                        f"Stopped by {name} after update {self.state.global_step}. The checkpoint is in "
+                        f"{self.args.output_dir}: continue with resume_from_checkpoint=True."
+                    )
+                raise SystemExit(128 + number)
+        return output
+
+    def _whole_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
+        if isinstance(resume_from_checkpoint, str):
+            if damage := find_damage(resume_from_checkpoint):
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {damage}; name an older checkpoint")
+            return resume_from_checkpoint
+        for checkpoint in find_checkpoints(self.args.output_dir):
+            damage = find_damage(checkpoint)
+            if damage is None:
+                return str(checkpoint)
+            logger.warning(f"{checkpoint} is passed over: {damage}.")
+        raise ValueError(
+            f"{self.args.output_dir} has no whole checkpoint to resume from: train without resume_from_checkpoint"
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Trainer._save_checkpoint writes where this points: beside the run's checkpoints until all is written.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = staging_folder(checkpoint)
+        written = staging / checkpoint.name
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(written):
+                    self.state.best_model_checkpoint = str(checkpoint)
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                put_in_place(written, checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            older = next((str(path) for path in find_checkpoints(checkpoint.parent)), "no older one is left")
+            raise OSError(
+                f"checkpoint {checkpoint} could not be written ({error}): free space or mend the disk, then resume "
+                f"with resume_from_checkpoint=True (newest: {older})"
+            ) from error
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(checkpoint)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(checkpoint.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # not before the folder is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes `selector/` and `generator/`, each loadable on its own, the tokenizers and the training arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.roles.save(folder)
+        self.processing_class.save_pretrained(folder)
+        for role in ROLES:
+            self.tokenizers[role].save_pretrained(folder / role)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.roles.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading best roles from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
+        self.roles.load(self.state.best_model_checkpoint)
