@@ -97,11 +97,18 @@ def generator_revision(args: DROConfig) -> str | None:
 
 
 def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str | None = None) -> int | None:
-    """Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit."""
+    """
+    Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit.
+
+    Raises:
+        `ValueError`: an encoder-decoder model, which cannot write on from a prompt.
+    """
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
         config = model.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
     # Models without absolute or rotary positions do not have the attribute.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
