@@ -33,6 +33,7 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_dro import DROConfig, DROTrainer
+from trl_dro.checkpoint import find_checkpoints
 from trl_dro.data import load_records, read_corpus, read_questions
 from trl_dro.logs import print_comparison
 from trl_dro.retrieval import BM25Retriever, retrieve_candidates
@@ -86,6 +87,13 @@ def load_data(args: DataArguments, max_candidates: int) -> tuple[Dataset, Datase
     return train_dataset, retrieve_candidates(read_questions(args.eval_questions), retriever, max_candidates)
 
 
+def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
+    """`--resume_from_checkpoint true` continues where there is a checkpoint, so that one command starts and restarts."""
+    if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() == "true":
+        return bool(find_checkpoints(args.output_dir))
+    return args.resume_from_checkpoint
+
+
 def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     set_seed(training_args.seed)
     model, tokenizer = model_args.model_name_or_path, None
@@ -113,7 +121,7 @@ def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelCo
         selector_model=data_args.selector_model_name_or_path,
     )
     before = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     after = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model()
     if training_args.push_to_hub:

@@ -81,6 +81,19 @@ def test_real_questions_train(script, shared_data, tmp_path, capsys):
     assert "'elbo'" in capsys.readouterr().out
 
 
+def test_the_same_command_starts_and_resumes(script, files, capsys):
+    arguments = [
+        *("--questions", files / "questions.jsonl", "--corpus", files / "corpus.jsonl", "--output_dir", files / "run"),
+        *("--num_permutations", 2, "--use_peft", "--save_steps", 1, "--max_candidates", 6, "--max_answer_length", 16),
+        *("--resume_from_checkpoint", "true"),
+    ]
+    script.main(*parse(script, *arguments, "--max_steps", 1))
+    script.main(*parse(script, *arguments, "--max_steps", 2))
+    state = json.loads((files / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert (files / "run" / "checkpoint-1").is_dir()
+
+
 def test_half_given_data_is_refused(script):
     with pytest.raises(ValueError, match="--questions and --corpus go together"):
         script.DataArguments(questions="train.jsonl")
