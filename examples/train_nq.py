@@ -88,7 +88,7 @@ def load_data(args: DataArguments, max_candidates: int) -> tuple[Dataset, Datase
 
 
 def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
-    """`--resume_from_checkpoint true` continues where there is a checkpoint, so that one command starts and restarts."""
+    """`--resume_from_checkpoint true` continues if there is a checkpoint, so that one command starts and restarts."""
     if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() == "true":
         return bool(find_checkpoints(args.output_dir))
     return args.resume_from_checkpoint

@@ -82,7 +82,11 @@ def put_in_place(written: Path, checkpoint: Path) -> None:
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
-    """Removes what a killed run left of an unfinished checkpoint."""
+    """Removes what a killed run left of an unfinished checkpoint, and puts back one that was about to be replaced."""
+    for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.replaced"):
+        checkpoint = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not checkpoint.exists():
+            os.rename(path, checkpoint)
     for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
