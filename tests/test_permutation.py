@@ -7,6 +7,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import MistralConfig, MistralForCausalLM, set_seed
 
+from trl_dro.likelihood import completion_logits
 from trl_dro.permutation import (
     PermutationCodec,
     parse_permutation,
@@ -25,7 +26,11 @@ ALL_12 = list(itertools.permutations(range(1, 5), 2))
 
 def enumerate_logps(model, codec, prompt, permutations, num_documents, **kwargs):
     rows = len(permutations)
-    return permutation_logps(model, codec, [prompt] * rows, permutations, [num_documents] * rows, 0, CPU, **kwargs)
+
+    def complete(tokens):
+        return completion_logits(model, [prompt] * rows, tokens, 0, CPU)
+
+    return permutation_logps(complete, codec, permutations, [num_documents] * rows, **kwargs)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

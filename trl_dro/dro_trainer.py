@@ -33,7 +33,7 @@ from .loading import (
     generator_revision,
     load_model,
     load_tokenizers,
-    refuse_sharding,
+    refuse_unsupported,
 )
 from .logs import permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationCodec, PermutationSamples
@@ -141,7 +141,7 @@ class DROTrainer(RoleTrainer):
                 "quantized weights cannot be trained: pass `peft_config` along with `quantization_config`"
             )
 
-        refuse_sharding(args)
+        refuse_unsupported(args)
         # Whatever can be wrong is found before weights are loaded.
         datasets = {"train_dataset": train_dataset} if train_dataset is not None or eval_dataset is None else {}
         if isinstance(eval_dataset, dict):

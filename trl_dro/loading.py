@@ -11,6 +11,7 @@ from .dro_config import DROConfig
 from .permutation import PermutationCodec
 from .prompts import PromptBuilder
 from .roles import ROLES, Role
+from .shared_prefix import check_attention
 
 
 def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
@@ -78,11 +79,13 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def refuse_sharding(args: DROConfig) -> None:
+def refuse_unsupported(args: DROConfig) -> None:
     """
-    Raises `ValueError` under DeepSpeed and FSDP. accelerate steps a DeepSpeed engine at every backward, of which there
-    is one per role, and sharded checkpoints hold the active adapter only.
+    Raises `ValueError` under DeepSpeed and FSDP, and for attention that takes no mask of its own. accelerate steps a
+    DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
+    only.
     """
+    check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
     if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise ValueError(
             "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "

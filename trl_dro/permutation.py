@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .likelihood import completion_logits, completion_logps, pad_rows, positions
+from .likelihood import CompletionLogits, completion_logps, pad_rows, positions
 
 
 SelectorLikelihood = Literal["constrained", "full_vocabulary"]
@@ -347,33 +347,25 @@ def sample_permutations(
 
 
 def permutation_logps(
-    forward: Callable[..., Any],
+    complete: Callable[[list[list[int]]], CompletionLogits],
     codec: PermutationCodec,
-    prompts: Sequence[Sequence[int]],
     permutations: Sequence[Sequence[int]],
     num_documents: Sequence[int],
-    pad_token_id: int,
-    device: torch.device,
     likelihood: SelectorLikelihood = "constrained",
 ) -> Tensor:
     r"""
-    \\( \log p(z \mid x) \\) of given permutations, differentiable, one row per permutation.
+    \\( \log p(z \mid x) \\) of given permutations, differentiable.
 
     Args:
-        forward (`Callable`):
-            The selector: takes `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep`; returns `logits`.
+        complete (`Callable`):
+            The selector and its prompts: takes the tokens of each written permutation, returns the logits that predict
+            them, see [`~shared_prefix.shared_prefix_logits`].
         codec ([`PermutationCodec`]):
             Form in which permutations are written.
-        prompts (`list[list[int]]` of length `R`):
-            Selector prompt of each row.
         permutations (`list[list[int]]` of length `R`):
             Ids from 1.
         num_documents (`list[int]` of length `R`):
-            Number of candidates of each row.
-        pad_token_id (`int`):
-            Any valid token id: padding is masked.
-        device (`torch.device`):
-            Device of the model.
+            Number of candidates of each permutation's question.
         likelihood (`str`, *optional*, defaults to `"constrained"`):
             `"constrained"` is the distribution that [`sample_permutations`] draws from. `"full_vocabulary"` is the
             plain likelihood of the written tokens, end-of-sequence included, as in the paper: it also rewards
@@ -383,9 +375,10 @@ def permutation_logps(
         `Tensor` of shape `(R,)`: nats, `float32`.
     """
     encoded = [codec.encode(z, n) for z, n in zip(permutations, num_documents, strict=True)]
-    completion = completion_logits(forward, prompts, [tokens for tokens, _ in encoded], pad_token_id, device)
+    completion = complete([tokens for tokens, _ in encoded])
     if likelihood == "full_vocabulary":
         return completion_logps(completion)
+    device = completion.logits.device
     branches = [(row, branch) for row, (_, branches) in enumerate(encoded) for branch in branches]
     rows = torch.tensor([row for row, _ in branches], dtype=torch.long, device=device)
     columns = torch.tensor([branch.position for _, branch in branches], dtype=torch.long, device=device)

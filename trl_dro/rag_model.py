@@ -5,6 +5,8 @@ r"""The latent-variable model that DRO trains, \\( p(y \mid x) = \sum_z p(z \mid
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .likelihood import completion_logits, completion_logps, pad_rows
+from .likelihood import CompletionLogits, completion_logits, completion_logps, pad_rows
 from .permutation import (
     PermutationCodec,
     PermutationSamples,
@@ -23,6 +25,7 @@ from .permutation import (
 )
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
+from .shared_prefix import shared_prefix_logits
 
 
 class RAGModel:
@@ -119,21 +122,32 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         prompts = self._selector_prompts(questions)
+        groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
+        base: Any = self.roles.module("selector")
 
         def score(rows: list[int]) -> Tensor:
-            return permutation_logps(
-                self._forward("selector", wrapped),
-                self.codec,
-                [prompts[pairs[row][0]] for row in rows],
-                [pairs[row][1] for row in rows],
-                [len(questions[pairs[row][0]]["documents"]) for row in rows],
-                self.tokenizers["selector"].pad_token_id,
-                self.device,
-                likelihood,
-            )
+            def complete(tokens: list[list[int]]) -> CompletionLogits:
+                remaining = iter(tokens)
+                continuations = [list(islice(remaining, len(groups[row]))) for row in rows]
+                self.num_tokens += sum(len(prompts[row]) for row in rows) + sum(map(len, tokens))
+                return shared_prefix_logits(
+                    partial(self.roles.forward, "selector", wrapped),
+                    base.config,
+                    [prompts[row] for row in rows],
+                    continuations,
+                    self.tokenizers["selector"].pad_token_id,
+                    self.device,
+                    base.dtype,
+                )
 
-        logps = self._in_chunks(score, [len(prompts[question]) + self.codec.max_length for question, _ in pairs])
-        return torch.cat(logps)[inverse]
+            permutations = [z for row in rows for z in groups[row]]
+            sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
+            return permutation_logps(complete, self.codec, permutations, sizes, likelihood)
+
+        lengths = [
+            len(prompt) + len(group) * self.codec.max_length for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        return torch.cat(self._in_chunks(score, lengths))[inverse]
 
     def answer_logps(
         self,

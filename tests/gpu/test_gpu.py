@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from trl_dro import DROConfig, DROTrainer
+from trl_dro.likelihood import completion_logits
 from trl_dro.permutation import PermutationCodec, permutation_logps, sample_permutations
 from trl_dro.roles import ROLES
 
@@ -68,8 +69,12 @@ def test_sampled_log_probabilities_equal_scored_ones(kind, dtype, tolerance):
     samples = sample_permutations(model, codec, prompts, [20, 13], 8, 0, CUDA)
     for i, n in enumerate((20, 13)):
         with torch.no_grad():
-            rows = samples.permutations[i].tolist()
-            scored = permutation_logps(model, codec, [prompts[i]] * 8, rows, [n] * 8, 0, CUDA)
+            scored = permutation_logps(
+                lambda tokens, i=i: completion_logits(model, [prompts[i]] * 8, tokens, 0, CUDA),
+                codec,
+                samples.permutations[i].tolist(),
+                [n] * 8,
+            )
         torch.testing.assert_close(samples.logps[i], scored, atol=tolerance, rtol=0)
 
 
