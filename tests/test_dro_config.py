@@ -157,3 +157,25 @@ def test_a_template_can_be_a_function_that_is_saved_and_shown(tmp_path):
 def test_a_function_that_cannot_be_saved_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="selector_template is a function that cannot be saved"):
         make_config(tmp_path, selector_template=lambda question, documents, **_: question)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"likelihood_floor": -1e-9}, "likelihood_floor=-1e-09: it must be at least 0 and below 1"),
+        ({"likelihood_floor": 1.0}, "likelihood_floor=1.0: it must be at least 0 and below 1"),
+        ({"likelihood_floor": float("nan")}, "likelihood_floor=nan: it must be at least 0"),
+        ({"max_skipped_updates": 0}, "max_skipped_updates=0: it must be at least 1"),
+    ],
+)
+def test_an_impossible_safeguard_is_one_line_that_names_it(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_config(tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_safeguards_that_change_the_gradient_are_off_by_default(tmp_path):
+    args = make_config(tmp_path)
+    assert args.likelihood_floor == 0 and args.max_skipped_updates == 10
+    args = make_config(tmp_path, likelihood_floor=1e-9, max_skipped_updates=1)
+    assert args.likelihood_floor == 1e-9 and args.max_skipped_updates == 1

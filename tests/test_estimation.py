@@ -7,7 +7,11 @@ import torch
 from trl_dro.estimation import Estimate
 from trl_dro.importance import importance_weights, selector_coefficients
 from trl_dro.permutation import PermutationSamples
+from trl_dro.roles import ROLES
 from trl_dro.schedule import QuestionBatch
+
+from .test_dro_trainer import gradients, make_dataset, run_step
+from .test_faults import make_trainer
 
 
 NAN, INF = float("nan"), float("inf")
@@ -69,3 +73,86 @@ def test_an_estimate_without_scores_says_so():
     estimate.answer_logps = None
     with pytest.raises(RuntimeError, match="not scored yet"):
         estimate.weigh("rws", 1.0)
+
+
+ROWS = [[-1.0, -2.0, -4.0], [-13.0, -14.0, -20.0], [-60.0, -61.0, -62.0]]
+CORRECTION = [[0.5, 0.0, -0.5]] * 3
+
+
+@pytest.mark.parametrize("estimator", ["rws", "rws_centered", "vimco"])
+@pytest.mark.parametrize("floor", [1e-9, 1e-6, 0.5])
+def test_a_likelihood_floor_scales_each_question_by_its_mean_likelihood_over_itself_plus_the_floor(estimator, floor):
+    # vimco takes samples of the selector itself alone.
+    estimate = make_estimate(ROWS, correction=None if estimator == "vimco" else CORRECTION)
+    plain, floored = estimate.weigh(estimator), estimate.weigh(estimator, likelihood_floor=floor)
+    likelihood = (estimate.answer_logps + estimate.samples.correction).double().exp().mean(dim=-1, keepdim=True)
+    factor = (likelihood / (likelihood + floor)).float()
+    torch.testing.assert_close(floored.generator, factor * plain.generator, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(floored.selector, factor * plain.selector, rtol=1e-5, atol=1e-12)
+    assert torch.equal(floored.usable, plain.usable)
+
+
+def test_a_likelihood_floor_lets_likely_answers_count_fully_and_impossible_ones_not_at_all():
+    weights = make_estimate([[-0.1] * 3, [-200.0] * 3]).weigh("rws", likelihood_floor=1e-6)
+    assert weights.generator.sum(dim=-1).tolist() == pytest.approx([1, 0], abs=1e-5)
+    half = make_estimate([[math.log(1e-6)] * 3]).weigh("rws", likelihood_floor=1e-6)
+    assert half.generator.sum().item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("estimator", ["rws", "rws_centered", "vimco"])
+def test_a_floor_of_zero_is_none_to_the_last_bit(estimator):
+    rows = [*ROWS[:2], [NAN, -1.0, -1.0]]
+    estimate = make_estimate(rows, correction=None if estimator == "vimco" else CORRECTION)
+    with_zero, without = estimate.weigh(estimator, 1.0, 0.0), estimate.weigh(estimator, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(with_zero, without, strict=True))
+    usable = without.usable
+    arguments = (estimate.answer_logps[usable], estimate.samples.correction[usable], 1.0)
+    assert torch.equal(without.generator[usable], importance_weights(*arguments))
+    assert torch.equal(without.selector[usable], selector_coefficients(*arguments, estimator))
+
+
+@pytest.mark.parametrize("bad", [[NAN, -1.0, -1.0], [-INF, -INF, -INF]])
+def test_a_floor_leaves_unusable_questions_finite_and_marked(bad):
+    weights = make_estimate([bad, ROWS[0]]).weigh("rws", likelihood_floor=1e-6)
+    assert weights.usable.tolist() == [False, True]
+    assert all(tensor.isfinite().all() for tensor in weights)
+
+
+def test_statistics_of_a_floored_estimate_are_those_of_its_normalised_weights():
+    estimate = make_estimate(ROWS[:2])
+    plain = estimate.statistics(estimate.weigh("rws"), 1e-6)
+    floored = estimate.statistics(estimate.weigh("rws", likelihood_floor=1e-4), 1e-6)
+    for name in ("ess", "weight_entropy", "elbo", "iwae_bound"):
+        torch.testing.assert_close(floored[name], plain[name])
+    assert plain["question_weight"].tolist() == pytest.approx([1, 1])
+    assert floored["question_weight"][0] > 0.99 and floored["question_weight"][1] < 0.05
+
+
+@pytest.mark.xfail(strict=True, reason="zero weights are divided by their sum")
+def test_statistics_stay_finite_where_the_floor_leaves_no_weight():
+    estimate = make_estimate([[-300.0, -301.0, -305.0]])
+    statistics = estimate.statistics(estimate.weigh("rws", likelihood_floor=1e-6), 1e-6)
+    assert all(values.float().isfinite().all() for values in statistics.values())
+    assert 1 <= statistics["ess"].item() <= 3
+
+
+@pytest.mark.parametrize("floor, learns", [(0.0, True), (1e-6, False)])
+def test_an_answer_impossible_under_all_permutations_teaches_nothing_with_a_floor(tmp_path, floor, learns):
+    trainer = make_trainer(tmp_path, make_dataset(2), likelihood_floor=floor)
+    answer_logps = trainer.rag.answer_logps
+    trainer.rag.answer_logps = lambda *args, **kwargs: answer_logps(*args, **kwargs) - 200
+    run_step(trainer)
+    for role in ROLES:
+        norm = gradients(trainer, role).norm()
+        assert norm > 1e-2 if learns else norm < 1e-6
+
+
+def test_a_floor_scales_the_gradient_of_a_question_by_its_factor(tmp_path):
+    norms, factors = [], []
+    for floor in (0.0, 1e-11):
+        trainer = make_trainer(tmp_path, make_dataset(1), per_device_train_batch_size=1, likelihood_floor=floor)
+        run_step(trainer)
+        norms.append([gradients(trainer, role).norm().item() for role in ROLES])
+        factors.append(trainer._means.pop()["question_weight"])
+    assert factors[0] == pytest.approx(1) and 1e-3 < factors[1] < 0.999
+    assert norms[1] == pytest.approx([factors[1] * norm for norm in norms[0]], rel=1e-4)

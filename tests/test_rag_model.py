@@ -1,4 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import random
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -6,7 +8,7 @@ from transformers import GenerationConfig
 
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
-from trl_dro.rag_model import RAGModel
+from trl_dro.rag_model import RAGModel, chunk_rows
 from trl_dro.roles import ROLES, Roles, prepare_role_model
 
 from .tiny_models import bpe_tokenizer, tiny_llama
@@ -57,7 +59,8 @@ def test_equal_permutations_are_computed_once(rag, shapes):
     with torch.no_grad():
         selector = rag.permutation_logps(QUESTIONS, PERMUTATIONS)
         generator = rag.answer_logps(QUESTIONS, [["Anna"], ["1907"]], PERMUTATIONS)
-    assert shapes == [("selector", 3), ("generator", 3)]
+    # The selector's two questions are a row each, with one and two permutations behind their prompts.
+    assert shapes == [("selector", 2), ("generator", 3)]
     for logps in (selector, generator):
         assert logps.shape == (2, 4)
         assert logps[0, 0] == logps[0, 1] == logps[0, 3] != logps[0, 2]
@@ -194,3 +197,96 @@ def test_answer_is_greedy_whatever_the_models_own_config_says(rag, own):
     model.generation_config.update(**own)
     assert rag.answer(QUESTIONS, permutations, 24) == expected
     assert all(getattr(model.generation_config, name) == value for name, value in own.items())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_hold_every_row_once_in_order_within_the_budget_and_none_could_be_joined_to_the_next(seed):
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 100) for _ in range(draw.randint(1, 40))]
+    for max_tokens in (None, 1, 30, 100, 250, 10**6):
+        chunks = chunk_rows(lengths, max_tokens)
+        assert [row for chunk in chunks for row in chunk] == list(range(len(lengths)))
+        padded = [len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks]
+        if max_tokens is None or max_tokens >= len(lengths) * max(lengths):
+            assert len(chunks) == 1
+            continue
+        assert all(size <= max_tokens or len(chunk) == 1 for size, chunk in zip(padded, chunks, strict=True))
+        for chunk, following in zip(chunks, chunks[1:], strict=False):
+            longer = [*chunk, following[0]]
+            assert len(longer) * max(lengths[row] for row in longer) > max_tokens
+
+
+def test_no_rows_are_no_chunks():
+    assert chunk_rows([], None) == chunk_rows([], 10) == []
+
+
+TARGETS = [["Anna", "Anna Brown"], ["1907"]]
+
+
+def results(rag):
+    with torch.no_grad():
+        samples = rag.sample(QUESTIONS, 6, temperature=1.3, seeds=[5, 9])
+        scored = rag.permutation_logps(QUESTIONS, samples.permutations)
+        return samples, scored, rag.answer_logps(QUESTIONS, TARGETS, samples.permutations)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 200, 600])
+def test_chunks_give_the_draws_and_likelihoods_of_one_forward(rag, shapes, max_tokens):
+    samples, scored, answer = results(rag)
+    whole = len(shapes)
+    rag.max_tokens = max_tokens
+    chunked_samples, chunked_scored, chunked_answer = results(rag)
+    assert len(shapes) > 2 * whole  # it was cut up
+    assert torch.equal(chunked_samples.permutations, samples.permutations)
+    for chunked, one in (
+        (chunked_samples.logps, samples.logps),
+        (chunked_samples.proposal_logps, samples.proposal_logps),
+        (chunked_scored, scored),
+        (chunked_answer, answer),
+    ):
+        torch.testing.assert_close(chunked, one, atol=2e-5, rtol=1e-5)
+
+
+def test_a_forward_with_gradients_is_one_chunk_whatever_the_budget(rag, shapes):
+    rag.max_tokens = 1
+    rag.answer_logps(QUESTIONS, TARGETS, PERMUTATIONS).sum().backward()
+    rag.permutation_logps(QUESTIONS, PERMUTATIONS).sum().backward()
+    assert shapes == [("generator", 5), ("selector", 3)]
+
+
+def test_memory_that_runs_out_with_gradients_is_not_hidden(rag, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(rag.roles, "forward", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        rag.answer_logps(QUESTIONS, TARGETS, PERMUTATIONS)
+    assert rag.max_tokens is None
+
+
+def test_the_budget_is_halved_until_a_chunk_fits_and_kept(rag, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    tried = []
+
+    def run(chunk):
+        tried.append(len(chunk))
+        if len(chunk) > 3:
+            raise torch.OutOfMemoryError("full")
+        return chunk
+
+    with torch.no_grad():
+        assert sum(rag._in_chunks(run, [10] * 16), []) == list(range(16))
+        assert tried == [16, 8, 4, *[2] * 8] and rag.max_tokens == 20
+        tried.clear()
+        rag._in_chunks(run, [10] * 6)
+        rag._in_chunks(run, [5] * 6)
+    assert tried == [2, 2, 2, 4, 2, 2, 2] and rag.max_tokens == 10
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(rag):
+    def run(chunk):
+        raise RuntimeError("a bug")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a bug"):
+        rag._in_chunks(run, [10] * 4)
+    assert rag.max_tokens is None
