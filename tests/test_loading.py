@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from trl_dro import DROConfig
-from trl_dro.loading import build_prompts, context_length, load_model, load_tokenizers
+from trl_dro.loading import build_prompts, context_length, load_model, load_tokenizers, refuse_unsupported
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptTooLongError
 
@@ -145,3 +145,22 @@ def test_limits_count_to_the_token(args):
     assert 299 <= len(longest) + args.max_answer_length + 1 <= 300
     with pytest.raises(PromptTooLongError):
         prompts["generator"]("who? " * 300, [{"text": "the book"}])
+
+
+def test_an_encoder_decoder_model_is_refused_by_its_config(args, tmp_path):
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder model: both roles need") as error:
+        context_length(str(tmp_path / "t5"), args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}, {}])
+def test_deepspeed_and_fsdp_are_refused_with_what_to_use_instead(args, monkeypatch, setting):
+    refuse_unsupported(args)
+    if not setting:  # set by accelerate's launcher
+        monkeypatch.setattr(args.distributed_state, "distributed_type", "FSDP")
+    for name, value in setting.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match="use plain data parallelism, e.g. accelerate launch") as error:
+        refuse_unsupported(args)
+    assert "\n" not in str(error.value)

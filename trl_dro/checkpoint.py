@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .roles import ROLES
@@ -47,9 +48,11 @@ def find_damage(folder: str | Path) -> str | None:
             except (OSError, SafetensorError) as error:
                 return f"{role}/{path.name} is damaged ({error})"
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{TRAINER_STATE_NAME} is damaged ({error})"
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{TRAINER_STATE_NAME} is damaged ({type(error).__name__}: {error})"
+    if not (folder / OPTIMIZER_NAME).is_file():
+        return f"{OPTIMIZER_NAME} is missing, as with save_only_model"
     for path in sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is damaged"
@@ -94,7 +97,7 @@ def remove_leftovers(output_dir: str | Path) -> None:
 class StopOnSignal(TrainerCallback):
     """
     Ends training after the current update, with a checkpoint, when the process is asked to stop (SIGTERM, Ctrl-C). A
-    second signal ends the process at once.
+    second signal, a second or more later, ends the process at once.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -104,11 +107,13 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.received: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None  # what all processes stop for
+        self.received_at = 0.0  # seconds of the monotonic clock
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handles the signals in this block. Only the main thread can, so elsewhere nothing is handled."""
-        self.received = None
+        self.received = self.agreed = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -121,20 +126,25 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame) -> None:
         if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = signal.Signals(number)
+            # Schedulers signal a launcher and its processes, which the launcher then signals too: that is still once.
+            if time.monotonic() - self.received_at > 1.0:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received, self.received_at = signal.Signals(number), time.monotonic()
         # os.write, because a print that was interrupted by the signal cannot be entered again.
         os.write(
             2, f"\n{self.received.name}: saving a checkpoint after this update; again to exit at once.\n".encode()
         )
 
     def on_step_end(self, args, state, control, **kwargs):
+        agreed = self.received
         if self.accelerator.num_processes > 1:
             number = torch.tensor(self.received or 0, device=self.accelerator.device)
             highest = int(self.accelerator.gather(number.reshape(1)).max())
-            self.received = signal.Signals(highest) if highest else None
-        if self.received is not None:
+            agreed = signal.Signals(highest) if highest else None
+        if agreed is not None:
+            self.received = self.agreed = agreed
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True

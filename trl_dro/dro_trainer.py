@@ -254,24 +254,28 @@ class DROTrainer(RoleTrainer):
         self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         model.train()
-        try:
+        with self._memory_advice():
             return self._em_step(model, inputs)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(self._memory_advice(error)) from error
 
-    def _memory_advice(self, error: Exception) -> str:
-        args = self.args
-        return (
-            f"{str(error).splitlines()[0]} A micro-batch of {args.per_device_train_batch_size} questions has up to "
-            f"{args.max_candidates} candidates and {args.num_permutations} permutations of {args.num_selected} "
-            f"documents each. Lower per_device_train_batch_size and raise gradient_accumulation_steps, lower "
-            "max_document_length, max_candidates or num_permutations, turn on gradient_checkpointing, or load the "
-            "base in 4 bits."
-        )
+    @contextlib.contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            args = self.args
+            raise torch.OutOfMemoryError(
+                f"{str(error).splitlines()[0]} A micro-batch of {args.per_device_train_batch_size} questions "
+                f"({args.per_device_eval_batch_size} in evaluation) has up to {args.max_candidates} candidates and "
+                f"{args.num_permutations} permutations of {args.num_selected} documents each. Lower "
+                "per_device_train_batch_size and raise gradient_accumulation_steps, lower max_document_length, "
+                "max_candidates or num_permutations, turn on gradient_checkpointing, or load the base in 4 bits."
+            ) from error
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         start = time.perf_counter()
-        if inputs.block_index != self._estimated_block:
+        # A checkpoint's estimates are of no use to another batch size or number of processes.
+        estimated = [estimate.batch for estimate in self._estimates]
+        if inputs.block_index != self._estimated_block or inputs.block != estimated:
             self._estimates = self._expectation_step(inputs)
             self._estimated_block = inputs.block_index
             self._means.add("e_step_seconds", time.perf_counter() - start)
@@ -363,10 +367,10 @@ class DROTrainer(RoleTrainer):
             counted = weights.usable & estimate.counted
             if logps.isnan().any():
                 # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
-                broken = [self._last_rows[i] for i in (~weights.usable).nonzero().flatten().tolist()]
-                logger.warning(f"No finite likelihood for questions {self._question_ids(broken)}: left out.")
+                counted = counted & ~logps.isnan().any(dim=-1)
                 rows = counted.nonzero().flatten().tolist()
-                coefficients, counted = coefficients[rows], counted[rows]
+                coefficients, broken, counted = coefficients[rows], ~counted & weights.usable, counted[rows]
+                self._warn_of_unusable(~broken)
                 with self.compute_loss_context_manager():
                     logps = score(rows, None) if rows else self._no_gradient(role)
             self._usable_questions += int(counted.sum())
@@ -424,6 +428,8 @@ class DROTrainer(RoleTrainer):
 
     def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
         weights = self._weigh(estimate)
+        if not weights.usable.all():
+            self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
         if self.args.log_permutations:
@@ -435,6 +441,11 @@ class DROTrainer(RoleTrainer):
                 estimate.answer_logps,
                 weights.generator,
             )
+
+    def _warn_of_unusable(self, usable: Tensor) -> None:
+        rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
+        if rows:
+            logger.warning(f"No finite likelihood for questions {self._question_ids(rows)}: left out.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes, to a log of training."""
@@ -479,7 +490,7 @@ class DROTrainer(RoleTrainer):
         scores: list[Tensor] = []
         names: list[str] = []
         answers: list[str] = []
-        with self._inference():
+        with self._memory_advice(), self._inference():
             for records in dataloader:
                 batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
                 names = list(batch_scores)
@@ -527,7 +538,9 @@ class DROTrainer(RoleTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
             with torch.serialization.safe_globals([Estimate, QuestionBatch, PermutationSamples]):
-                self._estimated_block, self._estimates = torch.load(path, map_location=self.args.device)
+                # torch.load does not know the device "cpu:0", which a process of several has.
+                device = "cpu" if self.args.device.type == "cpu" else self.args.device
+                self._estimated_block, self._estimates = torch.load(path, map_location=device)
 
     def _estimates_file(self, folder: str) -> Path:
         return Path(folder) / f"estimates_{self.args.process_index}.pt"

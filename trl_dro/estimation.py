@@ -26,17 +26,25 @@ class Weights(NamedTuple):
     Weights of `B` questions with `m` permutations each, constant in the M-step.
 
     Args:
-        generator (`Tensor` of shape `(B, m)`):
-            Self-normalised importance weights, times the question's weight under a likelihood floor.
+        importance (`Tensor` of shape `(B, m)`):
+            Self-normalised importance weights.
         selector (`Tensor` of shape `(B, m)`):
-            Coefficients of the selector's estimator.
+            Coefficients of the selector's estimator, times the question's weight.
+        question_weight (`Tensor` of shape `(B,)`):
+            From 0 to 1 under a likelihood floor, 1 without.
         usable (`Tensor` of shape `(B,)`):
             False where a NaN, or a likelihood of zero under every permutation, leaves nothing to weigh.
     """
 
-    generator: Tensor
+    importance: Tensor
     selector: Tensor
+    question_weight: Tensor
     usable: Tensor
+
+    @property
+    def generator(self) -> Tensor:
+        """Weights of the generator's loss, `(B, m)`: importance weights, times the question's weight."""
+        return self.question_weight.unsqueeze(-1) * self.importance
 
 
 @dataclass
@@ -91,12 +99,14 @@ class Estimate:
         # Unusable rows are weighed as if all alike and masked in the loss.
         answer_logps = torch.where(usable.unsqueeze(-1), answer_logps, 0.0)
         correction = torch.where(usable.unsqueeze(-1), correction, 0.0)
-        factor = torch.ones_like(answer_logps[:, :1])
+        question_weight = torch.ones_like(answer_logps[:, 0])
         if likelihood_floor > 0:
-            factor = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid().unsqueeze(-1)
+            question_weight = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid()
+        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator)
         return Weights(
-            factor * importance_weights(answer_logps, correction, temperature),
-            factor * selector_coefficients(answer_logps, correction, temperature, estimator),
+            importance_weights(answer_logps, correction, temperature),
+            question_weight.unsqueeze(-1) * coefficients,
+            question_weight,
             usable,
         )
 
@@ -116,16 +126,14 @@ class Estimate:
         answer_logps, correction = self._scored()
         kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
         answer_logps, correction = answer_logps[kept], correction[kept]
-        question_weight = weights.generator[kept].sum(dim=-1)  # 1 without a likelihood floor
-        normalised = weights.generator[kept] / question_weight.unsqueeze(-1)
         unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
         return {
             "masked_question_share": ~weights.usable[self.counted],
             "elbo": elbo(answer_logps, correction),
             "iwae_bound": iwae_bound(answer_logps, correction),
-            "ess": effective_sample_size(normalised),
-            "weight_entropy": weight_entropy(normalised),
-            "question_weight": question_weight,
+            "ess": effective_sample_size(weights.importance[kept]),
+            "weight_entropy": weight_entropy(weights.importance[kept]),
+            "question_weight": weights.question_weight[kept],
             "tiny_likelihood_share": answer_logps.amax(dim=-1) < math.log(tiny_likelihood),
             # -E_p[log p], with the samples of another proposal weighted by p/q.
             "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),

@@ -248,11 +248,12 @@ class RAGModel:
             try:
                 return [run(chunk) for chunk in chunks]
             except torch.OutOfMemoryError:
-                largest = max(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks)
                 if len(chunks) == len(rows):
                     raise
-                self.max_tokens = largest // 2
+            # Here, where the error no longer holds the tensors that did not fit.
+            if self.device.type != "cpu":
                 torch.accelerator.empty_cache()
+            self.max_tokens = max(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks) // 2
 
     def _selector_prompts(self, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
         return [self.prompts["selector"](question["question"], question["documents"]) for question in questions]

@@ -2,6 +2,7 @@
 """What training two roles needs of transformers' Trainer, whatever their losses: one optimizer with a rate per role,
 updates that are finite, checkpoints that are whole and hold both roles, and a way to stop between two updates."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,17 +143,29 @@ class RoleTrainer(_BaseTrainer):
             remove_leftovers(self.args.output_dir)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        self._skipped_updates = 0
         with self._stop.installed():
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            if self._stop.received is not None:
-                name, number = self._stop.received.name, int(self._stop.received)
-                if self.is_world_process_zero():
-                    print(
-                        f"Stopped by {name} after update {self.state.global_step}. The checkpoint is in "
-                        f"{self.args.output_dir}: continue with resume_from_checkpoint=True."
-                    )
-                raise SystemExit(128 + number)
+        if self._stop.received is not None:  # after the last update: nothing is left to stop here
+            os.kill(os.getpid(), self._stop.received)
         return output
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        stopped_by = self._stop.agreed
+        if stopped_by is None:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        # Trainer would now load the best checkpoint, and remove the one just saved if only the best is kept.
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._finish_current_push()
+        if self.is_world_process_zero():
+            print(
+                f"Stopped by {stopped_by.name} after update {self.state.global_step}. The checkpoint is in "
+                f"{self.args.output_dir}: continue with resume_from_checkpoint=True.",
+                flush=True,
+            )
+        # A launcher signals the other processes as soon as one exits.
+        self.accelerator.wait_for_everyone()
+        raise SystemExit(128 + int(stopped_by))
 
     def _whole_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
         if isinstance(resume_from_checkpoint, str):
@@ -190,8 +203,9 @@ class RoleTrainer(_BaseTrainer):
                 put_in_place(written, checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             older = next((str(path) for path in find_checkpoints(checkpoint.parent)), "no older one is left")
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise OSError(
-                f"checkpoint {checkpoint} could not be written ({error}): free space or mend the disk, then resume "
+                f"checkpoint {checkpoint} could not be written ({reason}): free space or mend the disk, then resume "
                 f"with resume_from_checkpoint=True (newest: {older})"
             ) from error
         finally:

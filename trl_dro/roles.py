@@ -215,7 +215,7 @@ class Roles:
 
         Raises:
             `FileNotFoundError`: one of the two role folders is missing.
-            `ValueError`: an adapter was made for other modules.
+            `ValueError`: an adapter was made for other modules, or has another rank.
         """
         for role in ROLES:
             source = Path(folder) / role
@@ -227,10 +227,11 @@ class Roles:
             if isinstance(module, PeftModel):
                 weights = load_peft_weights(str(source), device="cpu")
                 expected = get_peft_model_state_dict(module, adapter_name=role)
-                if different := weights.keys() ^ expected.keys():
+                shapes = [{name: weight.shape for name, weight in w.items()} for w in (weights, expected)]
+                if different := dict(shapes[0].items() ^ shapes[1].items()):
                     raise ValueError(
-                        f"{source} holds an adapter for other modules than this one ({len(different)} weights differ, "
-                        f"e.g. {min(different)}): use the peft_config that it was trained with"
+                        f"{source} holds an adapter for other modules or of another rank than this one (e.g. "
+                        f"{min(different)}): use the peft_config that it was trained with"
                     )
                 set_peft_model_state_dict(module, weights, adapter_name=role)
             else:

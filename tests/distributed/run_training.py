@@ -1,0 +1,140 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""
+Trains tiny models in processes of their own, one after the other, each given as the arguments of [`train`]:
+
+```bash
+python -m tests.distributed.run_training '[{"output_dir": "/tmp/one", "max_steps": 8}]'
+torchrun --standalone --nproc_per_node 2 -m tests.distributed.run_training '[{"output_dir": "/tmp/two"}]'
+```
+
+A test that starts many uses [`start`], which forks a server that has imported everything and has run nothing.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from trl_dro import DROConfig, DROTrainer
+from trl_dro.roles import ROLES
+
+from ..test_dro_trainer import make_dataset, randomize_adapters
+from ..tiny_models import bpe_tokenizer, tiny_llama
+
+
+MEASURED = {"tokens_per_second", "e_step_seconds", "m_step_seconds"}  # logged, and never twice the same
+
+
+class Pause(TrainerCallback):
+    """Makes every update last at least so many seconds, so that a signal meets one."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        print(f"update {state.global_step + 1} begins", flush=True)
+        time.sleep(self.seconds)
+
+
+def make_trainer(
+    num_questions: int = 8, unusable: Collection[int] = (), pause: float = 0.0, peft: bool = True, **settings
+) -> DROTrainer:
+    """Trainer of a tiny Llama; the answers of the questions in `unusable` get NaN for their likelihoods."""
+    tokenizer = bpe_tokenizer(split_digits=False)
+    settings = {
+        "num_selected": 2,
+        "max_candidates": 4,
+        "num_permutations": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | settings
+    trainer = DROTrainer(
+        model=tiny_llama(tokenizer),
+        args=DROConfig(**settings),
+        train_dataset=make_dataset(num_questions),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if peft else None,
+        callbacks=[Pause(pause)] if pause else None,
+    )
+    randomize_adapters(trainer)
+    if unusable:
+        answer_logps = trainer.rag.answer_logps
+        broken = {trainer.train_dataset[row]["question"] for row in unusable}
+
+        def with_nan(questions, *args, **kwargs):
+            factors = [float("nan") if question["question"] in broken else 1.0 for question in questions]
+            return answer_logps(questions, *args, **kwargs) * torch.tensor(factors).unsqueeze(-1)
+
+        trainer.rag.answer_logps = with_nan
+    return trainer
+
+
+def train(output_dir: str, resume: bool | str = False, **settings: Any) -> None:
+    """Trains and writes what [`read_result`] reads; see [`make_trainer`] for `settings`."""
+    trainer = make_trainer(output_dir=output_dir, **settings)
+    trainer.train(resume_from_checkpoint=resume or None)
+    folder = result_folder(output_dir, trainer.args.process_index)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"{role}.{name}": p.detach().contiguous() for role in ROLES for name, p in trainer.roles.named_parameters(role)
+    }
+    save_file(weights, folder / "weights.safetensors")
+    (folder / "logs.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+
+
+def result_folder(output_dir: str | Path, rank: int) -> Path:
+    return Path(output_dir) / f"result-{rank}"
+
+
+def read_result(output_dir: str | Path, rank: int = 0) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Logs of every update, without what is measured by the clock, and final weights."""
+    folder = result_folder(output_dir, rank)
+    history = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
+    logs = [{k: v for k, v in row.items() if k not in MEASURED} for row in history if "loss" in row]
+    return logs, load_file(folder / "weights.safetensors")
+
+
+def start(jobs: list[dict[str, Any]], log: Path) -> multiprocessing.Process:
+    """Starts a process that runs jobs one after the other, with its output in a file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_run_with_log, args=(jobs, str(log)), daemon=True)
+    process.start()
+    return process
+
+
+def _run_with_log(jobs: list[dict[str, Any]], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    sys.stdout.reconfigure(line_buffering=True)
+    run(jobs)
+
+
+def run(jobs: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    print(f"process {os.getpid()} is rank {os.environ.get('RANK', 0)}", flush=True)
+    for job in jobs:
+        train(**job)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1]))
