@@ -27,17 +27,15 @@ from .estimation import Estimate, Weights
 from .evaluation import answer_and_score
 from .importance import elbo, iwae_bound
 from .loading import (
-    build_prompts,
-    context_length,
+    check_inputs,
     disable_dropout,
     generator_revision,
     load_model,
-    load_tokenizers,
     refuse_unsupported,
 )
 from .logs import permutation_rows, print_permutations, save_permutations
-from .permutation import PermutationCodec, PermutationSamples
-from .prompts import check_lengths, question_text
+from .permutation import PermutationSamples
+from .prompts import question_text
 from .rag_model import RAGModel
 from .role_trainer import RoleTrainer
 from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
@@ -148,24 +146,7 @@ class DROTrainer(RoleTrainer):
             datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             datasets["eval_dataset"] = eval_dataset
-        for name, dataset in datasets.items():
-            validate_dataset(dataset, args.num_selected, name)
-        tokenizers = load_tokenizers(model, selector_model, processing_class, args)
-        codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
-        revision = generator_revision(args)
-        contexts = dict.fromkeys(ROLES, context_length(model, args, revision))
-        if selector_model is not None:
-            contexts["selector"] = context_length(selector_model, args)
-        prompts = build_prompts(args, tokenizers, codec, contexts)
-        for name, dataset in datasets.items():
-            check_lengths(
-                dataset,
-                name,
-                [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)],
-                tokenizers["generator"],
-                args.max_answer_length,
-                all_answers=args.answer_target != "first" and name == "train_dataset",
-            )
+        tokenizers, codec, prompts = check_inputs(model, selector_model, processing_class, args, datasets)
         if args.train_selector and args.num_permutations == 1:
             warnings.warn(
                 "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
@@ -176,7 +157,7 @@ class DROTrainer(RoleTrainer):
         # Adapters are initialised at random.
         set_seed(args.seed)
         role_model = prepare_role_model(
-            load_model(model, args, quantization_config, revision),
+            load_model(model, args, quantization_config, generator_revision(args)),
             None if selector_model is None else load_model(selector_model, args, quantization_config),
             peft_config,
         )

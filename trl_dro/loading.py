@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .permutation import PermutationCodec
-from .prompts import PromptBuilder
+from .prompts import PromptBuilder, check_lengths
 from .roles import ROLES, Role
 from .shared_prefix import check_attention
 
@@ -195,3 +196,48 @@ def build_prompts(
         )
         for role in ROLES
     }
+
+
+def check_inputs(
+    model: str | PreTrainedModel,
+    selector_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: DROConfig,
+    datasets: dict[str, Any],
+) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, PromptBuilder]]:
+    """
+    Tokenizers, codec and prompts of a run, and whatever can be wrong with its inputs before weights are loaded.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Base of both roles, or of the generator.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base of the selector alone.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer that was passed.
+        args ([`DROConfig`]):
+            Configuration.
+        datasets (`dict[str, Dataset]`):
+            Datasets by the names that errors call them. Only `"train_dataset"` can have several targets.
+
+    Returns:
+        `tuple`: tokenizer of each role, codec, prompt builder of each role.
+
+    Raises:
+        `DatasetError`: a dataset is malformed.
+        `ValueError`: something cannot fit, or settings cannot work together.
+    """
+    for name, dataset in datasets.items():
+        validate_dataset(dataset, args.num_selected, name)
+    tokenizers = load_tokenizers(model, selector_model, processing_class, args)
+    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+    context = context_length(model, args, generator_revision(args))
+    contexts: dict[Role, int | None] = {"selector": context, "generator": context}
+    if selector_model is not None:
+        contexts["selector"] = context_length(selector_model, args)
+    prompts = build_prompts(args, tokenizers, codec, contexts)
+    shown = [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)]
+    for name, dataset in datasets.items():
+        all_answers = args.answer_target != "first" and name == "train_dataset"
+        check_lengths(dataset, name, shown, tokenizers["generator"], args.max_answer_length, all_answers)
+    return tokenizers, codec, prompts

@@ -3,8 +3,8 @@
 Trains tiny models in processes of their own, one after the other, each given as the arguments of [`train`]:
 
 ```bash
-python -m tests.distributed.run_training '[{"output_dir": "/tmp/one", "max_steps": 8}]'
-torchrun --standalone --nproc_per_node 2 -m tests.distributed.run_training '[{"output_dir": "/tmp/two"}]'
+python -m tests.distributed.run_training '[{"output_dir": "outputs/one", "max_steps": 8}]'
+torchrun --standalone --nproc_per_node 2 -m tests.distributed.run_training '[{"output_dir": "outputs/two"}]'
 ```
 
 A test that starts many uses [`start`], which forks a server that has imported everything and has run nothing.
