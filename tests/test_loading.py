@@ -164,3 +164,9 @@ def test_deepspeed_and_fsdp_are_refused_with_what_to_use_instead(args, monkeypat
     with pytest.raises(ValueError, match="use plain data parallelism, e.g. accelerate launch") as error:
         refuse_unsupported(args)
     assert "\n" not in str(error.value)
+
+
+def test_flash_attention_is_refused_before_any_model_is_loaded(tmp_path):
+    args = DROConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(ValueError, match="takes no mask of its own, by which permutations share their prompt"):
+        refuse_unsupported(args)
