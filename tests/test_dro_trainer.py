@@ -2,7 +2,6 @@
 import itertools
 import json
 import random
-import time
 import warnings
 from pathlib import Path
 
@@ -620,11 +619,9 @@ def test_model_is_loaded_from_a_folder_with_its_tokenizer(tokenizer, tmp_path):
 def test_malformed_datasets_fail_at_once_before_any_model_is_loaded(tmp_path, case):
     build, _ = MALFORMED[case]
     args = DROConfig(str(tmp_path), num_selected=3, use_cpu=True)
-    start = time.perf_counter()
     with pytest.raises(ValueError) as error:
         DROTrainer("no/such-model", args, build(), peft_config=LoraConfig())
     assert "train_dataset" in str(error.value) and "\n" not in str(error.value)
-    assert time.perf_counter() - start < 5
 
 
 BAD_SETTINGS = [
@@ -645,11 +642,9 @@ def test_impossible_settings_fail_at_once_before_any_model_is_loaded(tmp_path, t
     tiny_llama(tokenizer).config.save_pretrained(folder)  # no weights: loading them would fail otherwise
     tokenizer.save_pretrained(folder)
     args = {"output_dir": str(tmp_path), "num_selected": 2, "max_candidates": 4, "use_cpu": True, "bf16": False}
-    start = time.perf_counter()
     with pytest.raises(ValueError, match=message) as error:
         DROTrainer(str(folder), DROConfig(**args | settings), make_dataset(), peft_config=LoraConfig())
     assert "\n" not in str(error.value)
-    assert time.perf_counter() - start < 5
 
 
 def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
@@ -736,6 +731,7 @@ def test_collapse_is_not_warned_of_where_no_other_permutation_exists(make_traine
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are distinct")
         trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_datasets_given_later_are_validated_and_predictions_are_the_answers(make_trainer):

@@ -1,6 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import re
-import time
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -195,10 +194,9 @@ def test_error_shows_no_line_breaks_and_cuts_long_values():
     ids=str,
 )
 def test_wellformed_dataset_is_accepted(changes):
-    validate_dataset(column_of(**changes), num_selected=3)
-    validate_dataset(
-        build_dataset([record(**changes | ({"id": "17"} if "id" in changes else {}))] * 3), num_selected=3
-    )
+    built = build_dataset([record(**changes | ({"id": "17"} if "id" in changes else {}))] * 3)
+    for dataset in (column_of(**changes), built):
+        assert validate_dataset(dataset, num_selected=3) is None
 
 
 def test_row_number_is_that_of_the_dataset_as_passed():
@@ -214,15 +212,7 @@ def test_row_beyond_the_first_batch_is_checked_and_numbered():
 
 
 def test_format_set_by_the_user_does_not_hide_columns():
-    validate_dataset(dataset_with().with_format("numpy", columns=["question"]), num_selected=3)
-
-
-def test_two_thousand_rows_of_twenty_documents_take_less_than_five_seconds():
-    documents = [{"id": f"p{i}", "title": "Title", "text": "word " * 100} for i in range(20)]
-    dataset = build_dataset(record(documents=documents) for _ in range(2000))
-    start = time.perf_counter()
-    validate_dataset(dataset, num_selected=5)
-    assert time.perf_counter() - start < 5
+    assert validate_dataset(dataset_with().with_format("numpy", columns=["question"]), num_selected=3) is None
 
 
 def test_built_dataset_has_the_same_types_whatever_the_values():
