@@ -121,7 +121,7 @@ class DROConfig(_BaseConfig):
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
     > `num_train_epochs` 5 are the paper's. `selector_estimator` and `steps_per_estimation` differ from the paper's
-    > because others were measured to learn faster, see docs/how_it_works.md. `remove_unused_columns` is `False`;
+    > because these were measured to learn as well or faster, see docs/how_it_works.md. `remove_unused_columns` is `False`;
     > `bf16` is off on a machine without an accelerator.
     """
 
