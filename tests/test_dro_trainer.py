@@ -751,3 +751,14 @@ def test_functional_dropout_of_attention_is_off_too(make_trainer, tokenizer):
     with torch.no_grad():
         first, second = (trainer.rag.answer_logps([record], [["Anna"]], ALL_12[None]) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("estimator", ["rws", "rws_centered", "vimco"])
+def test_selector_is_trained_with_the_estimator_asked_for(make_trainer, monkeypatch, estimator):
+    trainer = make_trainer(selector_estimator=estimator, gradient_checkpointing=False)
+    answer_logps = trainer.rag.answer_logps
+    # All permutations equally good: only the plain estimator still pushes the selector, by its noise.
+    monkeypatch.setattr(trainer.rag, "answer_logps", lambda *a, **k: 0.0 * answer_logps(*a, **k))
+    run_step(trainer)
+    norm = gradients(trainer, "selector").norm().item()
+    assert norm > 0.1 if estimator == "rws" else norm < 1e-4
