@@ -3,7 +3,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trl_dro.likelihood import completion_logits, completion_logps, pad_rows, positions
+from trl_dro import likelihood
+from trl_dro.likelihood import completion_logits, completion_logps, pad_rows
 
 from .tiny_models import bpe_tokenizer, tiny_llama
 
@@ -71,8 +72,22 @@ def test_only_the_completions_logits_are_computed(tokenizer):
     hook = model.lm_head.register_forward_hook(lambda module, args, output: columns.append(output.shape[1]))
     completion = completion_logits(model, PROMPTS, COMPLETIONS, 0, CPU)
     hook.remove()
-    assert columns == [6]  # the longest completion and one before, of twelve columns
-    assert completion.logits.shape[:2] == completion.tokens.shape == completion.mask.shape == (3, 5)
+    assert columns == [5]  # the longest completion's, of twelve columns
+    assert completion.logits.shape == (8, len(tokenizer)) and completion.lengths == [2, 5, 1]
+    assert completion.tokens.tolist() == sum(COMPLETIONS, [])
+
+
+def test_logits_turned_into_float32_in_parts_give_the_same_values_and_gradients(tokenizer, monkeypatch):
+    model = tiny_llama(tokenizer)
+    coefficients = torch.tensor([1.0, -2.0, 0.5])
+    results = []
+    for limit in (likelihood.MAX_FLOAT_LOGITS, 3 * len(tokenizer)):
+        monkeypatch.setattr(likelihood, "MAX_FLOAT_LOGITS", limit)
+        model.zero_grad()
+        logps = score(model, PROMPTS, COMPLETIONS)
+        (coefficients * logps).sum().backward()
+        results.append((logps, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
 
 
 def test_log_probabilities_are_float32_whatever_the_models_precision(tokenizer):
@@ -85,7 +100,3 @@ def test_rows_are_padded_on_the_side_asked_for(side, expected):
     ids, mask = pad_rows([[1], [2, 3, 4]], 9, CPU, side=side)
     assert ids.tolist() == expected
     assert mask.tolist() == [[value != 9 for value in row] for row in expected]
-
-
-def test_positions_count_tokens_and_skip_padding():
-    assert positions(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 0]])).tolist() == [[0, 0, 0, 1, 2], [0, 1, 1, 2, 2]]

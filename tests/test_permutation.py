@@ -16,12 +16,20 @@ from trl_dro.permutation import (
     truncate_to_top_p,
     unique_permutations,
 )
+from trl_dro.shared_prefix import PackedModel
 
 from .tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama, word_level_tokenizer
 
 
 CPU = torch.device("cpu")
 ALL_12 = list(itertools.permutations(range(1, 5), 2))
+
+
+def draw(model, codec, prompts, sizes, *args, forward=None, **kwargs):
+    packed = PackedModel(forward or model, model.config, 0, CPU, model.dtype)
+    with torch.no_grad():
+        read = packed.read(prompts, [codec.forced_start(n) for n in sizes])
+    return sample_permutations(packed, codec, read, sizes, *args, **kwargs)
 
 
 def enumerate_logps(model, codec, prompt, permutations, num_documents, **kwargs):
@@ -121,7 +129,7 @@ def test_sampled_frequencies_match_the_distribution_sampled_from(kind, temperatu
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 20, num_selected=2)
     prompt = tokenizer("Question: who wrote the book?").input_ids
-    samples = sample_permutations(model, codec, [prompt], [4], 4096, 0, CPU, temperature, top_p)
+    samples = draw(model, codec, [prompt], [4], 4096, temperature, top_p)
     counts = torch.zeros(5, 5).index_put_(tuple(samples.permutations[0].T), torch.ones(4096), accumulate=True)
     with torch.no_grad():
         logps = enumerate_logps(model, codec, prompt, ALL_12, 4)
@@ -149,7 +157,7 @@ def test_sampled_log_probabilities_equal_scored_ones_in_a_ragged_batch(kind, att
     codec = PermutationCodec(tokenizer, 20, num_selected=4)
     prompts = [tokenizer(text).input_ids for text in ("Question: who?", "Question: who wrote the book in Paris? " * 3)]
     sizes = [20, 13]
-    samples = sample_permutations(model, codec, prompts, sizes, 6, 0, CPU, temperature=1.3)
+    samples = draw(model, codec, prompts, sizes, 6, temperature=1.3)
     for i in range(2):
         alone = enumerate_logps(model, codec, prompts[i], samples.permutations[i].tolist(), sizes[i])
         torch.testing.assert_close(samples.logps[i], alone.detach(), atol=2e-5, rtol=1e-5)
@@ -176,7 +184,7 @@ def test_sampled_log_probabilities_are_exact_under_a_sliding_window(kind, window
     ).eval()
     codec = PermutationCodec(tokenizer, 20, num_selected=4)
     prompt = tokenizer("Question: who wrote the book in Paris? " * 6).input_ids
-    samples = sample_permutations(model, codec, [prompt], [20], 8, 0, CPU)
+    samples = draw(model, codec, [prompt], [20], 8)
     with torch.no_grad():
         scored = enumerate_logps(model, codec, prompt, samples.permutations[0].tolist(), 20)
     torch.testing.assert_close(samples.logps[0], scored, atol=2e-5, rtol=1e-5)
@@ -188,7 +196,7 @@ def test_broken_logits_are_seen_in_log_p_and_do_not_stop_the_batch():
     codec = PermutationCodec(tokenizer, 4, num_selected=2)
     prompts = [tokenizer(text).input_ids for text in ("Question", "who")]
     model.get_input_embeddings().weight.data[prompts[1][-1]] = float("nan")
-    samples = sample_permutations(model, codec, prompts, [4, 4], 3, 0, CPU)
+    samples = draw(model, codec, prompts, [4, 4], 3)
     assert samples.logps[0].isfinite().all() and samples.logps[1].isnan().all()
 
 
@@ -197,7 +205,7 @@ def test_greedy_takes_the_most_probable_choice_at_every_branch():
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 4, num_selected=2)
     prompt = tokenizer("Question: who wrote the book?").input_ids
-    greedy = sample_permutations(model, codec, [prompt], [4], 1, 0, CPU, greedy=True)
+    greedy = draw(model, codec, [prompt], [4], 1, greedy=True)
     with torch.no_grad():
         p = dict(zip(ALL_12, enumerate_logps(model, codec, prompt, ALL_12, 4).exp().tolist(), strict=True))
     first = max(range(1, 5), key=lambda i: sum(v for z, v in p.items() if z[0] == i))
@@ -217,9 +225,11 @@ def test_prompt_is_prefilled_once_and_forced_tokens_are_free():
 
     codec = PermutationCodec(tokenizer, 20, num_selected=5)
     prompts = [tokenizer("Question: who wrote the book?").input_ids] * 3
-    sample_permutations(forward, codec, prompts, [20] * 3, 8, 0, CPU)
-    assert len(shapes) == 5  # the prefill and one per further id
-    assert shapes[0][0] == 3 and all(shape[0] == 24 for shape in shapes[1:])
+    draw(model, codec, prompts, [20] * 3, 8, forward=forward)
+    # The prompts, and one step per further id, in which eight samples of a question stand in one row.
+    assert shapes[0] == (3, len(prompts[0]) + len(codec.forced_start(20)))
+    id_and_separator = len(codec.id_tokens[1]) + len(codec.separator)
+    assert shapes[1:] == [(3, 8 * id_and_separator)] * 4
 
 
 def test_a_single_possible_permutation_has_probability_one_and_stays_in_the_graph():
@@ -229,7 +239,7 @@ def test_a_single_possible_permutation_has_probability_one_and_stays_in_the_grap
     prompt = tokenizer("Question").input_ids
     logps = enumerate_logps(model, codec, prompt, [[1]], 1)
     assert logps.item() == 0.0 and logps.requires_grad
-    samples = sample_permutations(model, codec, [prompt], [1], 3, 0, CPU)
+    samples = draw(model, codec, [prompt], [1], 3)
     assert samples.permutations.tolist() == [[[1]] * 3] and samples.logps.abs().max() == 0
 
 

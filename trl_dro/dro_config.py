@@ -106,6 +106,16 @@ class DROConfig(_BaseConfig):
         generator_learning_rate (`float`, *optional*):
             Learning rate of the generator. `None` takes `learning_rate`.
 
+        negligible_weight (`float`, *optional*, defaults to `0.0`):
+            Share of a question's importance weight that the generator's update may leave out, lightest permutations
+            first; `0` is exact. Above it all permutations are scored without gradients first, then those kept go
+            forward and backward, which is faster if less than two thirds are kept (three quarters under gradient
+            checkpointing). Logged as `generator/skipped_weight` and `generator/skipped_share`.
+        max_tokens_per_forward (`int`, *optional*):
+            Tokens, padding included, that go through a model at once, in training and in evaluation: questions of a
+            micro-batch are taken in parts of similar length, the gradient being that of the whole. `None` takes the
+            whole micro-batch in training; without gradients it halves what does not fit into memory.
+
         > Parameters that control the logging
 
         log_permutations (`bool`, *optional*, defaults to `False`):
@@ -234,6 +244,14 @@ class DROConfig(_BaseConfig):
     generator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the generator; `learning_rate` if not set."}
     )
+    negligible_weight: float = field(
+        default=0.0,
+        metadata={"help": "Share of a question's weight that the generator's update may leave out; 0 is exact."},
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={"help": "Padded tokens that go through a model at once; None takes a whole micro-batch."},
+    )
 
     # Logging
     log_permutations: bool = field(
@@ -279,6 +297,7 @@ class DROConfig(_BaseConfig):
             "max_candidates": self.num_selected,
             "max_prompt_length": 1,
             "max_document_length": 1,
+            "max_tokens_per_forward": 1,
         }
         for name, lowest in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < lowest:
@@ -291,6 +310,8 @@ class DROConfig(_BaseConfig):
             raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
         if not 0 <= self.likelihood_floor < 1:
             raise ValueError(f"likelihood_floor={self.likelihood_floor}: it must be at least 0 and below 1")
+        if not 0 <= self.negligible_weight < 1:
+            raise ValueError(f"negligible_weight={self.negligible_weight}: it must be at least 0 and below 1")
         if not 0 < self.tiny_likelihood < 1:
             raise ValueError(f"tiny_likelihood={self.tiny_likelihood}: it must lie between 0 and 1")
         if self.steps_per_estimation < 1 and self.steps_per_estimation != -1:

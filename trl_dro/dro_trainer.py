@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
-from .estimation import Estimate, Weights
+from .estimation import Estimate, Weights, significant_permutations
 from .evaluation import answer_and_score
 from .importance import elbo, iwae_bound
 from .loading import (
@@ -36,10 +36,11 @@ from .loading import (
 from .logs import permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationSamples
 from .prompts import question_text
-from .rag_model import RAGModel
+from .rag_model import RAGModel, chunk_rows
 from .role_trainer import RoleTrainer
 from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
+from .shared_prefix import ReadPrompts, TokenCount
 
 
 logger = get_logger(__name__)
@@ -169,7 +170,7 @@ class DROTrainer(RoleTrainer):
         if args.gradient_checkpointing:
             roles.enable_input_require_grads()
 
-        self._estimates: list[Estimate] = []
+        self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
         self._estimated_block = -1
         self._shown_permutations: list[dict[str, Any]] = []
         self._collapse_warned = False
@@ -189,7 +190,7 @@ class DROTrainer(RoleTrainer):
                 "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
                 "visible with CUDA_VISIBLE_DEVICES"
             )
-        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device)
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -253,33 +254,61 @@ class DROTrainer(RoleTrainer):
             ) from error
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        start = time.perf_counter()
-        # A checkpoint's estimates are of no use to another batch size or number of processes.
-        estimated = [estimate.batch for estimate in self._estimates]
-        if inputs.block_index != self._estimated_block or inputs.block != estimated:
-            self._estimates = self._expectation_step(inputs)
-            self._estimated_block = inputs.block_index
-            self._means.add("e_step_seconds", time.perf_counter() - start)
-        middle = time.perf_counter()
-        loss = self._maximization_step(model, self._estimates[inputs.position])
-        end = time.perf_counter()
-        self._means.add("m_step_seconds", end - middle)
+        parts = self._split(inputs.block[inputs.position])
+        self._shown_permutations = []
+        loss = torch.zeros((), device=self.args.device)
+        seconds = {"e_step": 0.0, "m_step": 0.0}
+        for number, part in enumerate(parts, start=1):
+            start = time.perf_counter()
+            if self._estimates_serve_once:
+                estimate = self._estimate(part, inputs.block_index)
+            else:
+                estimate = self._block_estimates(inputs)[number - 1]
+            middle = time.perf_counter()
+            loss += self._maximization_step(model, estimate, last=number == len(parts))
+            seconds["e_step"] += middle - start
+            seconds["m_step"] += time.perf_counter() - middle
+        for name, value in seconds.items():
+            self._means.add(f"{name}_seconds", value)
+        count = self.rag.count
         # Processes work side by side: their tokens add up, their seconds do not.
-        self._means.add("tokens_per_second", self.rag.num_tokens, (end - start) / self.accelerator.num_processes)
-        self.rag.num_tokens.zero_()
+        self._means.add("tokens_per_second", count.tokens, sum(seconds.values()) / self.accelerator.num_processes)
+        self._means.add("padding_share", count.padded - count.tokens, count.padded)
+        self.rag.count = TokenCount()
         return loss
 
-    def _expectation_step(self, inputs: MicroBatch) -> list[Estimate]:
-        """Samples permutations for every question of a block and scores the answer under each (equations 4 to 7)."""
-        block = inputs.block
-        show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
-        with self._inference():
-            return [
-                self._estimate(batch, inputs.block_index)
-                for batch in tqdm(block, desc="E-step", leave=False, disable=not show)
+    def _split(self, batch: QuestionBatch) -> list[QuestionBatch]:
+        """Questions of similar length that go through a model together; losses of all parts add up to the batch's."""
+        if self.args.max_tokens_per_forward is None:
+            return [batch]
+        lengths = self.rag.question_lengths(self._records(batch.rows), self.args.num_permutations)
+        return [
+            QuestionBatch([batch.rows[i] for i in chunk], [batch.counted[i] for i in chunk], batch.denominator)
+            for chunk in chunk_rows(lengths, self.args.max_tokens_per_forward)
+        ]
+
+    @property
+    def _estimates_serve_once(self) -> bool:
+        return self.args.steps_per_estimation == self.args.maximization_epochs == 1
+
+    def _block_estimates(self, inputs: MicroBatch) -> list[Estimate]:
+        """Estimates of the micro-batch's parts, made for its whole block when they are not there yet."""
+        # A checkpoint's estimates are of no use to another batch size or number of processes.
+        estimated = [[row for part in parts for row in part.batch.rows] for parts in self._estimates]
+        block = [[row for part in self._split(batch) for row in part.rows] for batch in inputs.block]
+        if inputs.block_index != self._estimated_block or block != estimated:
+            show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
+            self._estimates = [
+                [self._estimate(part, inputs.block_index) for part in self._split(batch)]
+                for batch in tqdm(inputs.block, desc="E-step", leave=False, disable=not show)
             ]
+            self._estimated_block = inputs.block_index
+        return self._estimates[inputs.position]
 
     def _estimate(self, batch: QuestionBatch, block_index: int) -> Estimate:
+        """
+        The E-step: samples permutations for every question and scores the answer under each (equations 4 to 7).
+        """
         args = self.args
         records = self._records(batch.rows)
         # What is drawn for a question depends on seed, block and row, and not on the batch or process it is in.
@@ -289,38 +318,59 @@ class DROTrainer(RoleTrainer):
             orders = [draw.sample(order, len(order)) for draw, order in zip(draws, orders, strict=True)]
         targets = [self._targets(record["answers"], draw) for record, draw in zip(records, draws, strict=True)]
         questions = _reorder(records, orders)
-        samples = self._sample(questions, args.temperature, args.top_p, [draw.getrandbits(62) for draw in draws])
-        estimate = Estimate(batch, orders, targets, samples)
-        # When an estimate serves one update, the generator's loss forward is its scoring forward.
-        if args.steps_per_estimation != 1 or args.maximization_epochs != 1 or not args.train_generator:
-            estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        seeds = [draw.getrandbits(62) for draw in draws]
+        # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
+        read = None
+        same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
+        if same_weights and not args.gradient_checkpointing:
+            with self._inference(gradients=True):
+                read = self.rag.read(questions)
+        with self._inference():
+            samples = self._sample(questions, args.temperature, args.top_p, seeds, read)
+            estimate = Estimate(batch, orders, targets, samples, read=read)
+            # When an estimate serves one update, the generator's loss forward is its scoring forward, unless it is to
+            # be a forward over significant permutations only.
+            if not (self._estimates_serve_once and args.train_generator) or args.negligible_weight > 0:
+                estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
         return estimate
 
-    def _maximization_step(self, model: nn.Module, estimate: Estimate) -> Tensor:
+    def _maximization_step(self, model: nn.Module, estimate: Estimate, last: bool) -> Tensor:
         """
         Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
         forward: gradient checkpointing recomputes with the adapter that is active at that time.
         """
         self._last_rows = estimate.batch.rows
         questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
-        permutations = estimate.samples.permutations
 
         def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
+            permutations, kept = estimate.samples.permutations, None
+            if estimate.answer_logps is not None:
+                weights = self._weigh(estimate).importance
+                permutations, kept = significant_permutations(permutations, weights, self.args.negligible_weight)
+                self._means.add_all("generator/skipped_share", ~kept)
+                self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
             targets = [estimate.targets[row] for row in rows]
-            return self._answer_logps([questions[row] for row in rows], targets, permutations[rows], wrapped)
+            logps = self._answer_logps([questions[row] for row in rows], targets, permutations[rows], wrapped)
+            return logps if kept is None else torch.where(kept[rows], logps, estimate.answer_logps[rows])
 
         def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            likelihood = self.args.selector_likelihood
+            everything = len(rows) == len(questions)
             return self.rag.permutation_logps(
-                [questions[row] for row in rows], permutations[rows], likelihood, wrapped
+                [questions[row] for row in rows],
+                estimate.samples.permutations[rows],
+                self.args.selector_likelihood,
+                wrapped,
+                estimate.read if everything else None,
             )
 
         total = torch.zeros((), device=self.args.device)
         # The generator goes first: its forward may be the one that gives the weights.
         if self.args.train_generator:
-            total += self._update("generator", model, estimate, answer_logps, last=not self.args.train_selector)
+            last_backward = last and not self.args.train_selector
+            total += self._update("generator", model, estimate, answer_logps, last_backward)
         if self.args.train_selector:
-            total += self._update("selector", model, estimate, permutation_logps, last=True)
+            total += self._update("selector", model, estimate, permutation_logps, last)
+        estimate.read = None  # its graph was used up
         self._log_estimate(estimate, questions)
         return total / self.current_gradient_accumulation_steps
 
@@ -375,12 +425,17 @@ class DROTrainer(RoleTrainer):
         return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor)
 
     def _sample(
-        self, questions: list[dict[str, Any]], temperature: float, top_p: float, seeds: list[int]
+        self,
+        questions: list[dict[str, Any]],
+        temperature: float,
+        top_p: float,
+        seeds: list[int],
+        read: ReadPrompts | None = None,
     ) -> PermutationSamples:
-        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds)
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
         if self.args.selector_likelihood == "constrained":
             return samples
-        logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood)
+        logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
         return samples._replace(logps=logps)
 
     def _answer_logps(
@@ -395,12 +450,15 @@ class DROTrainer(RoleTrainer):
         return [draw.choice(answers) if self.args.answer_target == "random" else answers[0]]
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the mode from before is restored."""
+    def _inference(self, gradients: bool = False) -> Iterator[None]:
+        """
+        Evaluation mode, without gradients unless asked for; the mode from before is restored. Autocast keeps casts of
+        weights till its end, those made without gradients too: never nest the two.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.set_grad_enabled(gradients), self.accelerator.autocast():
                 yield
         finally:
             self.model.train(was_training)
@@ -414,7 +472,7 @@ class DROTrainer(RoleTrainer):
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
         if self.args.log_permutations:
-            self._shown_permutations = permutation_rows(
+            self._shown_permutations += permutation_rows(
                 self.state.global_step + 1,
                 questions,
                 estimate.targets,
@@ -479,7 +537,7 @@ class DROTrainer(RoleTrainer):
                 # Cuts off the rows that were repeated to give every process as many.
                 scores.append(self.accelerator.gather_for_metrics(torch.stack(list(batch_scores.values()), dim=-1)))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        self.rag.num_tokens.zero_()
+        self.rag.count = TokenCount()
         per_question = torch.cat(scores)  # [questions, metrics]
         means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}

@@ -19,6 +19,7 @@ from .importance import (
 )
 from .permutation import PermutationSamples
 from .schedule import QuestionBatch
+from .shared_prefix import ReadPrompts
 
 
 class Weights(NamedTuple):
@@ -63,6 +64,8 @@ class Estimate:
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
             \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
+        read ([`~shared_prefix.ReadPrompts`], *optional*):
+            Selector prompts in the cache, with the graph that the M-step's gradient flows through.
     """
 
     batch: QuestionBatch
@@ -70,6 +73,7 @@ class Estimate:
     targets: list[list[str]]
     samples: PermutationSamples
     answer_logps: Tensor | None = None
+    read: ReadPrompts | None = None
 
     @property
     def counted(self) -> Tensor:
@@ -144,3 +148,31 @@ class Estimate:
         if self.answer_logps is None:
             raise RuntimeError("the answers of this estimate were not scored yet")
         return self.answer_logps, self.samples.correction
+
+
+def significant_permutations(permutations: Tensor, weights: Tensor, negligible: float) -> tuple[Tensor, Tensor]:
+    """
+    Permutations without those whose weights are negligible. A generator's gradient is a weighted mean over
+    permutations, so leaving out a share of the weight leaves out that share of the mean.
+
+    Args:
+        permutations (`Tensor` of shape `(B, m, K)`):
+            Places in the prompt, from 1.
+        weights (`Tensor` of shape `(B, m)`):
+            Importance weights.
+        negligible (`float`):
+            Share of a question's weight that may be left out, lightest permutations first.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: the permutations, `(B, m, K)`, where the question's heaviest stands in for each that
+        is left out, so that it costs nothing to compute; and which are kept, `(B, m)`.
+    """
+    order = weights.argsort(dim=-1)
+    left_out = weights.gather(-1, order).cumsum(dim=-1) <= negligible
+    left_out[:, -1] = False
+    kept = torch.ones_like(left_out).scatter(-1, order, ~left_out)
+    # A permutation that was drawn again is computed once: it is kept whole.
+    same = (permutations.unsqueeze(2) == permutations.unsqueeze(1)).all(dim=-1)  # [B, m, m]
+    kept = (same & kept.unsqueeze(1)).any(dim=-1)
+    heaviest = permutations.gather(1, order[:, -1:, None].expand(-1, 1, permutations.shape[-1]))
+    return torch.where(kept.unsqueeze(-1), permutations, heaviest), kept

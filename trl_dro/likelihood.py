@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""One padded forward over prompts and their completions, and the log-probabilities read off it."""
+"""Log-probabilities of completions, and the plain forward that defines them: one padded row per completion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,25 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+# Logits are turned into float32 this many at a time: 128 MB.
+MAX_FLOAT_LOGITS = 2**25
 
 
 @dataclass
 class CompletionLogits:
     """
-    Logits that predict the completions.
+    Logits that predict the tokens of `R` completions, `T` tokens in all, one completion after the other.
 
     Args:
-        logits (`Tensor` of shape `(R, L, V)`):
-            `logits[r, t]` predicts token `t` of completion `r`; `L` is the longest completion.
-        tokens (`Tensor` of shape `(R, L)`):
-            Completion tokens, padded on the right.
-        mask (`Tensor` of shape `(R, L)`):
-            True where there is a token.
+        logits (`Tensor` of shape `(T, V)`):
+            `logits[t]` predicts token `t`.
+        tokens (`Tensor` of shape `(T,)`):
+            Token ids.
+        lengths (`list[int]` of length `R`):
+            Tokens of each completion.
     """
 
     logits: Tensor
     tokens: Tensor
-    mask: Tensor
+    lengths: list[int]
 
 
 def completion_logits(
@@ -36,8 +41,8 @@ def completion_logits(
     device: torch.device,
 ) -> CompletionLogits:
     """
-    One forward over rows of prompt and completion. Prompts are padded on the left and completions on the right, so
-    that all completions begin in the same column and only their logits are computed.
+    The definition: every completion in a row of its own behind its prompt, padded on the left. What
+    [`~shared_prefix.PackedModel`] computes must equal it.
 
     Args:
         forward (`Callable`):
@@ -54,16 +59,18 @@ def completion_logits(
     Returns:
         [`CompletionLogits`]
     """
-    prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, device, side="left")
-    tokens, mask = pad_rows(completions, pad_token_id, device, side="right")
-    attention_mask = torch.cat([prompt_mask, mask], dim=1)
+    # The last token is predicted and predicts nothing.
+    rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+    input_ids, mask = pad_rows(rows, pad_token_id, device, side="left")
+    longest = max(map(len, completions))
     outputs = forward(
-        input_ids=torch.cat([prompt_ids, tokens], dim=1),
-        attention_mask=attention_mask.long(),
-        position_ids=positions(attention_mask),
-        logits_to_keep=tokens.shape[1] + 1,
+        input_ids=input_ids,
+        attention_mask=mask.long(),
+        position_ids=(mask.long().cumsum(dim=-1) - 1).clamp(min=0),
+        logits_to_keep=longest,
     )
-    return CompletionLogits(outputs.logits[:, :-1], tokens, mask)
+    logits = [outputs.logits[row, longest - len(completion) :] for row, completion in enumerate(completions)]
+    return CompletionLogits(torch.cat(logits), flat_tokens(completions, device), [len(c) for c in completions])
 
 
 def completion_logps(completion: CompletionLogits, mean: bool = False) -> Tensor:
@@ -72,17 +79,30 @@ def completion_logps(completion: CompletionLogits, mean: bool = False) -> Tensor
 
     Args:
         completion ([`CompletionLogits`]):
-            Output of [`completion_logits`].
+            Logits of `R` completions.
         mean (`bool`, *optional*, defaults to `False`):
             Divide by the number of tokens.
 
     Returns:
         `Tensor` of shape `(R,)`: nats, or nats per token.
     """
-    logits = completion.logits.float()
-    token_logps = logits.gather(-1, completion.tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
-    total = token_logps.masked_fill(~completion.mask, 0.0).sum(dim=-1)
-    return total / completion.mask.sum(dim=-1) if mean else total
+    logits, tokens = completion.logits, completion.tokens
+    size = max(1, MAX_FLOAT_LOGITS // logits.shape[-1])
+    if len(tokens) <= size:
+        token_logps = _token_logps(logits, tokens)
+    else:
+        # Kept for the backward is what the model gave, and no float32 copy of it.
+        parts = zip(logits.split(size), tokens.split(size), strict=True)
+        token_logps = torch.cat([checkpoint(_token_logps, *part, use_reentrant=False) for part in parts])
+    lengths = torch.tensor(completion.lengths, device=logits.device)
+    rows = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths, output_size=len(tokens))
+    total = torch.zeros(len(lengths), device=logits.device).index_add(0, rows, token_logps)
+    return total / lengths if mean else total
+
+
+def flat_tokens(completions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids of all completions, one after the other, `(T,)`."""
+    return torch.tensor([token for completion in completions for token in completion], device=device)
 
 
 def pad_rows(
@@ -99,6 +119,6 @@ def pad_rows(
     return ids.to(device), mask.to(device)
 
 
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids that count tokens and skip padding, `(R, L)`."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+def _token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

@@ -12,7 +12,7 @@ from .dro_config import DROConfig
 from .permutation import PermutationCodec
 from .prompts import PromptBuilder, check_lengths
 from .roles import ROLES, Role
-from .shared_prefix import check_attention
+from .shared_prefix import check_attention, check_layers
 
 
 def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
@@ -105,7 +105,8 @@ def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str 
     Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit.
 
     Raises:
-        `ValueError`: an encoder-decoder model, which cannot write on from a prompt.
+        `ValueError`: an encoder-decoder model, which cannot write on from a prompt, or one with layers in which
+            permutations cannot share their prompt.
     """
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
@@ -113,6 +114,7 @@ def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str 
         config = model.config
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
+    check_layers(config)
     # Models without absolute or rotary positions do not have the attribute.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

@@ -9,18 +9,23 @@ over them. The product over branches is therefore a proper distribution over the
 the tokenizer makes of the digits.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .likelihood import CompletionLogits, completion_logps, pad_rows, positions
+from .likelihood import CompletionLogits, completion_logps, pad_rows
+from .shared_prefix import PackedModel, ReadPrompts
 
 
 SelectorLikelihood = Literal["constrained", "full_vocabulary"]
+
+# Samples of a question stand in one row, over which attention grows with the square of their number.
+MAX_SAMPLES_IN_ROW = 64
 
 _BRACKETED = re.compile(r"\[\s*(\d{1,9})\s*\]")
 _NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
@@ -172,6 +177,10 @@ class PermutationCodec:
             raise ValueError(f"tokens {list(tokens)} do not write a permutation of {self.num_selected} ids")
         return writer.permutation
 
+    def forced_start(self, num_documents: int) -> list[int]:
+        """Tokens with which every permutation of `num_documents` documents begins: those before the first branch."""
+        return _Writer(self, num_documents).write_forced()
+
     @staticmethod
     def text(permutation: Sequence[int]) -> str:
         """Permutation as a reader sees it, `[3] > [1]`."""
@@ -227,39 +236,32 @@ class _Writer:
 
 @torch.no_grad()
 def sample_permutations(
-    forward: Callable[..., Any],
+    model: PackedModel,
     codec: PermutationCodec,
-    prompts: Sequence[Sequence[int]],
+    read: ReadPrompts,
     num_documents: Sequence[int],
     num_permutations: int,
-    pad_token_id: int,
-    device: torch.device,
     temperature: float = 1.0,
     top_p: float = 1.0,
     greedy: bool = False,
     seeds: Sequence[int] | None = None,
 ) -> PermutationSamples:
     """
-    Draws permutations from the constrained distribution. Each prompt is prefilled once and its cache expanded to
-    `num_permutations` samples; a forced token never costs a forward of its own.
+    Draws permutations from the constrained distribution. All permutations of a question share its prompt's cache; a
+    forced token never costs a forward of its own, so that there are as many forwards as the longest permutation has
+    branches, less the first, which the prompt's own forward decides.
 
     Args:
-        forward (`Callable`):
-            The selector: takes `input_ids`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache`,
-            `logits_to_keep`; returns `logits` and `past_key_values`. In evaluation mode: gradient checkpointing
-            would leave the cache empty.
+        model ([`~shared_prefix.PackedModel`]):
+            The selector, in evaluation mode.
         codec ([`PermutationCodec`]):
             Form in which permutations are written.
-        prompts (`list[list[int]]` of length `B`):
-            Selector prompts as token ids.
+        read ([`~shared_prefix.ReadPrompts`]):
+            Selector prompts of `B` questions, read on to each question's [`~PermutationCodec.forced_start`].
         num_documents (`list[int]` of length `B`):
             Number of candidates of each question.
         num_permutations (`int`):
             Samples per question, m.
-        pad_token_id (`int`):
-            Any valid token id: padding is masked.
-        device (`torch.device`):
-            Device of the model.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits of the allowed tokens; above 1 explores.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -274,75 +276,69 @@ def sample_permutations(
         [`PermutationSamples`]
     """
     if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    # A uniform number for every choice that each sample could have to make: [B * m, choices]
-    noise = torch.cat(
+        seeds = torch.randint(2**62, (len(num_documents),)).tolist()
+    # A uniform number for every choice that each sample could have to make: [B, m, choices]
+    noise = torch.stack(
         [torch.rand(num_permutations, codec.max_length, generator=torch.Generator().manual_seed(s)) for s in seeds]
     )
-    num_choices = [0] * len(noise)
+    parts = [
+        _sample(model, codec, read, num_documents, part, temperature, top_p, greedy)
+        for part in noise.split(MAX_SAMPLES_IN_ROW, dim=1)
+    ]
+    return PermutationSamples(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+
+
+def _sample(
+    model: PackedModel,
+    codec: PermutationCodec,
+    read: ReadPrompts,
+    num_documents: Sequence[int],
+    noise: Tensor,
+    temperature: float,
+    top_p: float,
+    greedy: bool,
+) -> PermutationSamples:
+    """Samples of each question in one row, by the uniform numbers `noise` of shape `(B, m, choices)`."""
+    num_questions, num_permutations = noise.shape[:2]
+    noise = noise.flatten(0, 1)
     writers = [_Writer(codec, n) for n in num_documents for _ in range(num_permutations)]  # B * m, by question
-    forced = [writer.write_forced() for writer in writers]
-    # The tokens forced before the first choice are the same for all samples of a question: part of its prefill.
-    rows = [[*prompt, *forced[i * num_permutations]] for i, prompt in enumerate(prompts)]
-    input_ids, mask = pad_rows(rows, pad_token_id, device, side="left")
-    outputs = forward(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        position_ids=positions(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = outputs.past_key_values
-    cache.batch_repeat_interleave(num_permutations)
-    mask = mask.repeat_interleave(num_permutations, dim=0)  # [B * m, length]
-    logits = outputs.logits[:, -1].repeat_interleave(num_permutations, dim=0)  # [B * m, V]
-    logps = torch.zeros(len(writers), device=device)
-    proposal_logps = torch.zeros(len(writers), device=device)
+    for writer in writers:
+        writer.write_forced()
+    prompt_lengths = [len(prompt) for prompt in read.prompts for _ in range(num_permutations)]
+    logps = torch.zeros(len(writers), device=model.device)
+    proposal_logps = torch.zeros(len(writers), device=model.device)
 
-    # Rows write at their own pace, so they have different numbers of tokens to feed. Padding on the left evens them
-    # out and leaves masked gaps in the cache, unless a sliding window counts these as tokens: then all rows are fed as
-    # many tokens as the row with the fewest has left.
-    advance = min if any(cache.is_sliding) else max
-    pending: list[list[int]] = [[] for _ in writers]
-    while True:
-        choosing = [i for i, writer in enumerate(writers) if not pending[i] and writer.allowed()]
-        if choosing:
-            branch_logits, allowed_ids = _allowed_logits(logits[choosing], [writers[i].allowed() for i in choosing])
-            log_p = branch_logits.log_softmax(dim=-1)  # [choosing rows, most allowed tokens]
-            # A broken row (NaN) is sampled as if uniform; its log p stays NaN, by which it is known later.
-            log_q = truncate_to_top_p((branch_logits.nan_to_num(nan=0.0) / temperature).log_softmax(dim=-1), top_p)
-            if greedy:
-                chosen = log_p.argmax(dim=-1)
-            else:
-                uniform = torch.stack([noise[i, num_choices[i]] for i in choosing])
-                chosen = inverse_cdf(log_q, uniform)
-            logps[choosing] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-            if not greedy:
-                proposal_logps[choosing] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-            tokens = allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
-            for i, token in zip(choosing, tokens, strict=True):
-                pending[i] = writers[i].write(token)
-                num_choices[i] += 1
-        unfinished = [i for i, writer in enumerate(writers) if writer.allowed()]
-        if not unfinished:
+    choosing = [i for i, writer in enumerate(writers) if writer.allowed()]
+    logits = read.logits.repeat_interleave(num_permutations, dim=0)[choosing]
+    for choice in itertools.count():
+        if not choosing:
             break
-        width = advance(len(pending[i]) for i in unfinished)
-        step = [pending[i][:width] if writer.allowed() else [] for i, writer in enumerate(writers)]
-        pending = [tokens[width:] for tokens in pending]
-        step_ids, step_mask = pad_rows(step, pad_token_id, device, side="left")
-        mask = torch.cat([mask, step_mask], dim=1)
-        outputs = forward(
-            input_ids=step_ids,
-            attention_mask=mask.long(),
-            position_ids=positions(mask)[:, -step_ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = outputs.logits[:, -1]
+        branch_logits, allowed_ids = _allowed_logits(logits, [writers[i].allowed() for i in choosing])
+        log_p = branch_logits.log_softmax(dim=-1)  # [choosing samples, most allowed tokens]
+        # A broken row (NaN) is sampled as if uniform; its log p stays NaN, by which it is known later.
+        log_q = truncate_to_top_p((branch_logits.nan_to_num(nan=0.0) / temperature).log_softmax(dim=-1), top_p)
+        # A sample makes its choices without a pause until it is complete.
+        chosen = log_p.argmax(dim=-1) if greedy else inverse_cdf(log_q, noise[choosing, choice])
+        logps[choosing] += log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        if not greedy:
+            proposal_logps[choosing] += log_q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        new: list[list[int]] = [[] for _ in writers]
+        positions = [n + len(writer.tokens) for n, writer in zip(prompt_lengths, writers, strict=True)]
+        for i, token in zip(choosing, allowed_ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist(), strict=True):
+            written = writers[i].write(token)
+            if writers[i].allowed():
+                new[i] = written
+        choosing = [i for i in choosing if new[i]]
+        if choosing:
+            rows = range(0, len(writers), num_permutations)
+            logits, read = model.extend(
+                read,
+                [new[i : i + num_permutations] for i in rows],
+                [positions[i : i + num_permutations] for i in rows],
+            )
 
-    permutations = torch.tensor([writer.permutation for writer in writers], device=device)
-    shape = (len(prompts), num_permutations)
+    permutations = torch.tensor([writer.permutation for writer in writers], device=model.device)
+    shape = (num_questions, num_permutations)
     return PermutationSamples(permutations.view(*shape, -1), logps.view(shape), proposal_logps.view(shape))
 
 
@@ -359,7 +355,7 @@ def permutation_logps(
     Args:
         complete (`Callable`):
             The selector and its prompts: takes the tokens of each written permutation, returns the logits that predict
-            them, see [`~shared_prefix.shared_prefix_logits`].
+            them, see [`~shared_prefix.PackedModel`].
         codec ([`PermutationCodec`]):
             Form in which permutations are written.
         permutations (`list[list[int]]` of length `R`):
@@ -379,14 +375,18 @@ def permutation_logps(
     if likelihood == "full_vocabulary":
         return completion_logps(completion)
     device = completion.logits.device
-    branches = [(row, branch) for row, (_, branches) in enumerate(encoded) for branch in branches]
-    rows = torch.tensor([row for row, _ in branches], dtype=torch.long, device=device)
-    columns = torch.tensor([branch.position for _, branch in branches], dtype=torch.long, device=device)
-    chosen = torch.tensor([branch.chosen for _, branch in branches], dtype=torch.long, device=device)
+    starts = itertools.accumulate(completion.lengths, initial=0)
+    # Row, index into all tokens, choice and alternatives of every branch
+    branches = [
+        (row, start + branch.position, branch.chosen, branch.allowed)
+        for row, ((_, branches), start) in enumerate(zip(encoded, starts, strict=False))
+        for branch in branches
+    ]
     total = torch.zeros(len(encoded), device=device)
     if not branches:  # a single document to choose from: probability 1, kept in the graph
         return total + 0.0 * completion.logits.sum().float()
-    branch_logits, _ = _allowed_logits(completion.logits[rows, columns], [branch.allowed for _, branch in branches])
+    rows, indices, chosen = torch.tensor([branch[:3] for branch in branches], device=device).unbind(dim=-1)
+    branch_logits, _ = _allowed_logits(completion.logits[indices], [allowed for *_, allowed in branches])
     branch_logps = branch_logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     return total.index_add(0, rows, branch_logps)
 

@@ -6,7 +6,6 @@ r"""The latent-variable model that DRO trains, \\( p(y \mid x) = \sum_z p(z \mid
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .likelihood import CompletionLogits, completion_logits, completion_logps, pad_rows
+from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import (
     PermutationCodec,
     PermutationSamples,
@@ -25,7 +24,7 @@ from .permutation import (
 )
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
-from .shared_prefix import shared_prefix_logits
+from .shared_prefix import PackedModel, ReadPrompts, TokenCount, share_prefixes
 
 
 class RAGModel:
@@ -45,6 +44,8 @@ class RAGModel:
             Form in which the selector writes permutations.
         device (`torch.device`):
             Device of the models.
+        max_tokens (`int`, *optional*):
+            Padded tokens of a forward without gradients; `None` bounds them by memory alone.
     """
 
     def __init__(
@@ -54,15 +55,23 @@ class RAGModel:
         prompts: dict[Role, PromptBuilder],
         codec: PermutationCodec,
         device: torch.device,
+        max_tokens: int | None = None,
     ):
         self.roles = roles
         self.tokenizers = tokenizers
         self.prompts = prompts
         self.codec = codec
         self.device = device
-        self.max_tokens: int | None = None
-        # Counted on the device: reading it at every forward would wait for the GPU.
-        self.num_tokens = torch.zeros((), dtype=torch.long, device=device)
+        self.max_tokens = max_tokens
+        self.count = TokenCount()
+
+    def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
+        """
+        The selector's prompts in its cache, for [`~RAGModel.sample`] and [`~RAGModel.permutation_logps`] of the same
+        weights. With gradients enabled those of the latter flow through it.
+        """
+        begun = [self.codec.forced_start(len(question["documents"])) for question in questions]
+        return self._packed("selector").read(self._selector_prompts(questions), begun)
 
     def sample(
         self,
@@ -72,30 +81,37 @@ class RAGModel:
         top_p: float = 1.0,
         greedy: bool = False,
         seeds: Sequence[int] | None = None,
+        read: ReadPrompts | None = None,
     ) -> PermutationSamples:
-        """Permutations drawn from the selector, see [`~permutation.sample_permutations`]."""
+        """
+        Permutations drawn from the selector, see [`~permutation.sample_permutations`]; `read` is what
+        [`~RAGModel.read`] gives for these questions, if it was called before.
+        """
         if seeds is None:
             seeds = [0] * len(questions) if greedy else torch.randint(2**62, (len(questions),)).tolist()
-        prompts = self._selector_prompts(questions)
 
-        def sample(rows: list[int]) -> PermutationSamples:
-            return sample_permutations(
-                self._forward("selector"),
-                self.codec,
-                [prompts[row] for row in rows],
-                [len(questions[row]["documents"]) for row in rows],
-                num_permutations,
-                self.tokenizers["selector"].pad_token_id,
-                self.device,
-                temperature,
-                top_p,
-                greedy,
-                [seeds[row] for row in rows],
-            )
+        def sample(rows: list[int]) -> list[PermutationSamples]:
+            chosen = [questions[row] for row in rows]
+            with torch.no_grad():
+                samples = sample_permutations(
+                    self._packed("selector"),
+                    self.codec,
+                    self.read(chosen) if read is None else read,
+                    [len(question["documents"]) for question in chosen],
+                    num_permutations,
+                    temperature,
+                    top_p,
+                    greedy,
+                    [seeds[row] for row in rows],
+                )
+            return [PermutationSamples(*tensors) for tensors in zip(*samples, strict=True)]
 
-        # The prefill is one row per question, its cache `num_permutations` of them.
-        parts = self._in_chunks(sample, [num_permutations * len(prompt) for prompt in prompts])
-        return PermutationSamples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        if read is not None:
+            parts = sample(list(range(len(questions))))
+        else:
+            with torch.no_grad():
+                parts = self._in_chunks(sample, self._selector_lengths(questions, num_permutations))
+        return PermutationSamples(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 
     def permutation_logps(
         self,
@@ -103,9 +119,10 @@ class RAGModel:
         permutations: Tensor,
         likelihood: SelectorLikelihood = "constrained",
         wrapped: nn.Module | None = None,
+        read: ReadPrompts | None = None,
     ) -> Tensor:
         r"""
-        \\( \log p(z_i \mid x) \\), equal permutations computed once.
+        \\( \log p(z_i \mid x) \\), equal permutations computed once, a question's permutations behind one prompt.
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -116,37 +133,34 @@ class RAGModel:
                 See [`~permutation.permutation_logps`].
             wrapped (`nn.Module`, *optional*):
                 Module through which gradients are averaged over processes.
+            read ([`~shared_prefix.ReadPrompts`], *optional*):
+                What [`~RAGModel.read`] gives for these questions, if it was called before.
 
         Returns:
             `Tensor` of shape `(B, m)`: nats.
         """
         pairs, inverse = unique_permutations(permutations)
-        prompts = self._selector_prompts(questions)
         groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
-        base: Any = self.roles.module("selector")
+        prompts = self._selector_prompts(questions) if read is None else read.prompts
+        model = self.roles.module("selector")
+        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together.
+        cached = not (model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
 
-        def score(rows: list[int]) -> Tensor:
+        def score(rows: list[int]) -> Sequence[Tensor]:
             def complete(tokens: list[list[int]]) -> CompletionLogits:
                 remaining = iter(tokens)
-                continuations = [list(islice(remaining, len(groups[row]))) for row in rows]
-                self.num_tokens += sum(len(prompts[row]) for row in rows) + sum(map(len, tokens))
-                return shared_prefix_logits(
-                    partial(self.roles.forward, "selector", wrapped),
-                    base.config,
-                    [prompts[row] for row in rows],
-                    continuations,
-                    self.tokenizers["selector"].pad_token_id,
-                    self.device,
-                    base.dtype,
-                )
+                completions = [[(prompts[row], next(remaining)) for _ in groups[row]] for row in rows]
+                past = read
+                if cached and read is None:
+                    past = self.read([questions[row] for row in rows])
+                return self._packed("selector", wrapped).completion_logits(completions, past)
 
             permutations = [z for row in rows for z in groups[row]]
             sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
-            return permutation_logps(complete, self.codec, permutations, sizes, likelihood)
+            logps = permutation_logps(complete, self.codec, permutations, sizes, likelihood)
+            return logps.split([len(groups[row]) for row in rows])
 
-        lengths = [
-            len(prompt) + len(group) * self.codec.max_length for prompt, group in zip(prompts, groups, strict=True)
-        ]
+        lengths = [len(p) + len(group) * self.codec.max_length for p, group in zip(prompts, groups, strict=True)]
         return torch.cat(self._in_chunks(score, lengths))[inverse]
 
     def answer_logps(
@@ -158,7 +172,8 @@ class RAGModel:
         wrapped: nn.Module | None = None,
     ) -> Tensor:
         r"""
-        \\( \log p(y \mid x, d_{z_i}) \\), equal permutations computed once.
+        \\( \log p(y \mid x, d_{z_i}) \\), equal permutations computed once. Permutations that begin with the same
+        documents share their tokens, where that makes the forward cheaper.
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -176,26 +191,25 @@ class RAGModel:
             `Tensor` of shape `(B, m)`: nats, or nats per token.
         """
         pairs, inverse = unique_permutations(permutations)
-        prompts = [self._generator_prompt(questions[question], permutation) for question, permutation in pairs]
         tokenizer = self.tokenizers["generator"]
-        pairs_and_answers = [
-            (prompts[i], answer_ids(tokenizer, target))
-            for i, (question, _) in enumerate(pairs)
-            for target in targets[question]
-        ]
+        groups: list[list[tuple[list[int], list[int]]]] = [[] for _ in questions]
+        for question, permutation in pairs:
+            prompt = self._generator_prompt(questions[question], permutation)
+            groups[question] += [(prompt, answer_ids(tokenizer, target)) for target in targets[question]]
+        together = [len(share_prefixes([prompt + answer for prompt, answer in group]).tokens) for group in groups]
+        apart = [len(prompt) + len(answer) for group in groups for prompt, answer in group]
+        if self._forward_flops("generator", apart) <= self._forward_flops("generator", together):
+            groups, lengths = [[row] for group in groups for row in group], apart
+        else:
+            lengths = together
 
-        def score(rows: list[int]) -> Tensor:
-            completion = completion_logits(
-                self._forward("generator", wrapped),
-                [pairs_and_answers[row][0] for row in rows],
-                [pairs_and_answers[row][1] for row in rows],
-                tokenizer.pad_token_id,
-                self.device,
-            )
-            return completion_logps(completion, mean)
+        def score(rows: list[int]) -> Sequence[Tensor]:
+            chosen = [groups[row] for row in rows]
+            logits = self._packed("generator", wrapped).completion_logits(chosen)
+            return completion_logps(logits, mean).split([len(group) for group in chosen])
 
-        logps = self._in_chunks(score, [len(prompt) + len(answer) for prompt, answer in pairs_and_answers])
-        aliases = torch.cat(logps).split([len(targets[question]) for question, _ in pairs])
+        logps = torch.cat(self._in_chunks(score, lengths))
+        aliases = logps.split([len(targets[question]) for question, _ in pairs])
         return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
 
     @torch.no_grad()
@@ -234,19 +248,22 @@ class RAGModel:
         texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _in_chunks(self, run: Callable[[list[int]], Any], lengths: Sequence[int]) -> list[Any]:
+    def _in_chunks(self, run: Callable[[list[int]], Sequence[Any]], lengths: Sequence[int]) -> list[Any]:
         """
-        Results of `run` over all rows, in as few chunks as fit into memory. The largest chunk, in padded tokens, is
-        found by halving when memory runs out, and kept. A forward with gradients is one chunk: its graph is needed
-        whole.
+        Results of `run`, one for each row, in as few chunks of rows of similar length as fit into memory. The largest
+        chunk, in padded tokens, is found by halving when memory runs out, and kept. A forward with gradients is one
+        chunk: its graph is needed whole.
         """
         rows = list(range(len(lengths)))
         if torch.is_grad_enabled():
-            return [run(rows)]
+            return list(run(rows))
         while True:
             chunks = chunk_rows(lengths, self.max_tokens)
             try:
-                return [run(chunk) for chunk in chunks]
+                results: dict[int, Any] = {}
+                for chunk in chunks:
+                    results.update(zip(chunk, run(chunk), strict=True))
+                return [results[row] for row in rows]
             except torch.OutOfMemoryError:
                 if len(chunks) == len(rows):
                     raise
@@ -261,17 +278,49 @@ class RAGModel:
     def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
         return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
 
-    def _forward(self, role: Role, wrapped: nn.Module | None = None) -> Callable[..., Any]:
-        def forward(**inputs):
-            self.num_tokens += inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].sum()
-            return self.roles.forward(role, wrapped, **inputs)
+    def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
+        """
+        Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
+        nothing shared between the generator's prompts.
+        """
+        lengths = []
+        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
+            longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
+            prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
+            lengths.append(max(row, num_permutations * len(prompt)))
+        return lengths
 
-        return forward
+    def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
+        return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]
+
+    def _packed(self, role: Role, wrapped: nn.Module | None = None) -> PackedModel:
+        base: Any = self.roles.module(role)
+        return PackedModel(
+            partial(self.roles.forward, role, wrapped),
+            base.config,
+            self.tokenizers[role].pad_token_id,
+            self.device,
+            base.dtype,
+            self.count,
+        )
+
+    def _forward_flops(self, role: Role, lengths: Sequence[int]) -> int:
+        """
+        Operations of a forward over rows of these lengths, padded: two per weight and token, and four per pair of
+        tokens and attention channel, as a mask of one's own lets no pair be skipped.
+        """
+        base: Any = self.roles.module(role)
+        config = base.config.get_text_config()
+        # Not all configs have the attribute.
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        channels = config.num_hidden_layers * config.num_attention_heads * head_dim
+        width = max(lengths)
+        return len(lengths) * width * (2 * base.num_parameters(exclude_embeddings=True) + 4 * channels * width)
 
 
 def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
     """
-    Consecutive rows in chunks that, padded to their longest, have at most `max_tokens` tokens; a longer row is alone.
+    Rows in chunks that, padded to their longest, have at most `max_tokens` tokens; a longer row is alone.
 
     Args:
         lengths (`list[int]`):
@@ -280,15 +329,14 @@ def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]
             Padded tokens of a chunk; `None` puts all rows in one.
 
     Returns:
-        `list[list[int]]`: row indices.
+        `list[list[int]]`: row indices, those of similar length together.
     """
+    if max_tokens is None:
+        return [list(range(len(lengths)))] if lengths else []
     chunks: list[list[int]] = []
-    longest = 0
-    for row, length in enumerate(lengths):
-        longest = max(longest, length)
-        if not chunks or (max_tokens is not None and (len(chunks[-1]) + 1) * longest > max_tokens):
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
             chunks.append([])
-            longest = length
         chunks[-1].append(row)
     return chunks
 

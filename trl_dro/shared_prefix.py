@@ -1,126 +1,326 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""One forward for many continuations of one prompt.
+"""One forward for sequences that begin alike.
 
-The prompt and its continuations stand in one row, one after the other. Positions restart after the prompt for each
-continuation, and the mask lets each see the prompt and itself. So a prompt of 3,000 tokens with eight continuations of
-25 costs 3,200 tokens and not 24,200, in the forward, its backward and its recomputation under checkpointing.
+Sequences stand in one row, one after the other, and tokens with which several begin stand there once. Positions count
+along each sequence, and the mask lets a token see its own sequence only. So a prompt of 3,000 tokens with eight
+permutations of 25 costs 3,200 tokens and not 24,200, in the forward, its backward and its recomputation under
+checkpointing; and of the prompts for these permutations, those that begin with the same documents share these.
+
+A token is known by an *owner*, the first sequence of its row that has it, and its position. A token of sequence `s`
+sees the token that `a` owns at position `q` if `q` is not after it and below `common[s, a]`, the number of tokens with
+which both sequences begin.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
-from .likelihood import CompletionLogits, pad_rows
+from .likelihood import CompletionLogits, flat_tokens, pad_rows
 
 
-def shared_prefix_logits(
-    forward: Callable[..., Any],
-    config: PreTrainedConfig,
-    prompts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[Sequence[int]]],
-    pad_token_id: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> CompletionLogits:
+class SharedTokens(NamedTuple):
     """
-    Logits that predict the continuations, as [`~likelihood.completion_logits`] gives them for separate rows.
+    `S` sequences of one row, tokens with which several begin stored once.
+
+    Args:
+        tokens (`list[int]` of length `L`):
+            Token ids.
+        owners (`list[int]` of length `L`):
+            First sequence that has each token.
+        positions (`list[int]` of length `L`):
+            Position of each token in its sequence.
+        paths (`list[list[int]]` of length `S`):
+            Indices into `tokens` of each sequence's tokens.
+        common (`list[list[int]]` of shape `(S, S)`):
+            Number of tokens, from position 0, with which two sequences begin.
+    """
+
+    tokens: list[int]
+    owners: list[int]
+    positions: list[int]
+    paths: list[list[int]]
+    common: list[list[int]]
+
+
+def share_prefixes(sequences: Sequence[Sequence[int]], first_position: int = 0) -> SharedTokens:
+    """
+    Packs sequences into one row.
+
+    Args:
+        sequences (`list[list[int]]` of length `S`):
+            Token ids.
+        first_position (`int`, *optional*, defaults to `0`):
+            Position of the first token of each; all have the same tokens before it.
+
+    Returns:
+        [`SharedTokens`]
+    """
+    order = sorted(range(len(sequences)), key=lambda s: list(sequences[s]))
+    tokens: list[int] = []
+    owners: list[int] = []
+    positions: list[int] = []
+    paths: list[list[int]] = [[] for _ in sequences]
+    common = [[first_position + len(sequence)] * len(sequences) for sequence in sequences]
+    for rank, s in enumerate(order):
+        # In sorted order no sequence shares more with an earlier one than its neighbours in between do.
+        shared = 0 if rank == 0 else _common_length(sequences[order[rank - 1]], sequences[s])
+        if rank > 0:
+            previous = order[rank - 1]
+            for earlier in order[:rank]:
+                common[s][earlier] = common[earlier][s] = min(first_position + shared, common[previous][earlier])
+            paths[s] = paths[previous][:shared]
+        new = range(len(tokens), len(tokens) + len(sequences[s]) - shared)
+        paths[s] = [*paths[s], *new]
+        tokens.extend(sequences[s][shared:])
+        owners.extend([s] * len(new))
+        positions.extend(range(first_position + shared, first_position + len(sequences[s])))
+    return SharedTokens(tokens, owners, positions, paths, common)
+
+
+class Columns(NamedTuple):
+    """Owner and position of every column of a batch of rows, both `(B, L)`; position -1 is padding."""
+
+    owners: Tensor
+    positions: Tensor
+
+    def then(self, later: "Columns") -> "Columns":
+        """These columns followed by others."""
+        return Columns(*(torch.cat(pair, dim=1) for pair in zip(self, later, strict=True)))
+
+
+class ReadPrompts(NamedTuple):
+    """
+    Prompts in the model's cache, to be continued in any number of ways.
+
+    Args:
+        prompts (`list[list[int]]` of length `B`):
+            Token ids.
+        begun (`list[list[int]]` of length `B`):
+            Tokens read after each, with which all its continuations begin.
+        cache ([`~transformers.Cache`]):
+            Keys and values.
+        columns ([`Columns`]):
+            Owner and position of each of the cache's columns.
+        logits (`Tensor` of shape `(B, V)`):
+            Prediction after the last token read.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    begun: Sequence[Sequence[int]]
+    cache: DynamicCache
+    columns: Columns
+    logits: Tensor
+
+
+@dataclass
+class TokenCount:
+    """Tokens that went through a model, without and with padding."""
+
+    tokens: int = 0
+    padded: int = 0
+
+
+@dataclass
+class PackedModel:
+    """
+    A causal language model that reads rows of sequences that begin alike.
 
     Args:
         forward (`Callable`):
-            Takes `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep`; returns an object with `logits`.
+            Takes `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` and, for [`~PackedModel.read`] and
+            what follows it, `past_key_values` and `use_cache`; returns an object with `logits`.
         config ([`~transformers.PreTrainedConfig`]):
             The model's config, which names its attention and its sliding windows.
-        prompts (`list[list[int]]` of length `B`):
-            Token ids of each prompt.
-        continuations (`list[list[list[int]]]` of length `B`):
-            Token ids of each prompt's continuations, none empty.
         pad_token_id (`int`):
             Any valid token id: padding is masked.
         device (`torch.device`):
             Device of the model.
         dtype (`torch.dtype`):
             Dtype of the model's attention, which eager attention adds the mask to.
-
-    Returns:
-        [`~likelihood.CompletionLogits`]: one row per continuation, in order.
-
-    Raises:
-        `ValueError`: the model's attention cannot take a mask of this shape.
+        count ([`TokenCount`], *optional*):
+            Counts what is read.
     """
-    packed = [[token for continuation in group for token in continuation] for group in continuations]
-    prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, device, side="left")
-    packed_ids, packed_mask = pad_rows(packed, pad_token_id, device, side="right")
-    length = prompt_ids.shape[1]
 
-    # Which continuation a column belongs to (from 1), 0 for the prompt, -1 for padding; and its position.
-    segments = torch.full((len(prompts), length + packed_ids.shape[1]), -1)
-    position_ids = torch.zeros_like(segments)
-    for row, (prompt, group) in enumerate(zip(prompts, continuations, strict=True)):
-        segments[row, length - len(prompt) : length] = 0
-        position_ids[row, length - len(prompt) : length] = torch.arange(len(prompt))
-        column = length
-        for number, continuation in enumerate(group, start=1):
-            end = column + len(continuation)
-            segments[row, column:end] = number
-            position_ids[row, column:end] = torch.arange(len(prompt), len(prompt) + len(continuation))
-            column = end
-    segments, position_ids = segments.to(device), position_ids.to(device)
+    forward: Callable[..., Any]
+    config: PreTrainedConfig
+    pad_token_id: int
+    device: torch.device
+    dtype: torch.dtype
+    count: TokenCount = field(default_factory=TokenCount)
 
-    outputs = forward(
-        input_ids=torch.cat([prompt_ids, packed_ids], dim=1),
-        attention_mask=_attention_masks(config, segments, position_ids, dtype),
-        position_ids=position_ids,
-        logits_to_keep=packed_ids.shape[1] + 1,  # the prompt's last token predicts every first one
-    )
+    def completion_logits(
+        self, groups: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], read: ReadPrompts | None = None
+    ) -> CompletionLogits:
+        """
+        Logits that predict completions, as [`~likelihood.completion_logits`] gives them, from one row per group.
 
-    # From the packed row back to one row per continuation.
-    flat = [continuation for group in continuations for continuation in group]
-    tokens, mask = pad_rows(flat, pad_token_id, device, side="right")
-    columns = torch.zeros(tokens.shape, dtype=torch.long)
-    rows = torch.zeros(len(flat), dtype=torch.long)
-    index = 0
-    for row, group in enumerate(continuations):
-        starts = accumulate((len(continuation) for continuation in group), initial=0)
-        for start, continuation in zip(starts, group, strict=False):
-            columns[index, 1 : len(continuation)] = torch.arange(start + 1, start + len(continuation))
-            rows[index] = row
-            index += 1
-    logits = outputs.logits[rows.to(device).unsqueeze(-1), columns.to(device)]  # [continuations, longest, V]
-    return CompletionLogits(logits, tokens, mask)
+        Args:
+            groups (`list[list[tuple[list[int], list[int]]]]` of length `B`):
+                Prompts and completions that share a row, no completion empty.
+            read ([`ReadPrompts`], *optional*):
+                The prompts, where each group has one and [`~PackedModel.read`] has read it. Gradients flow through.
 
+        Returns:
+            [`CompletionLogits`]: of all completions, in order.
 
-def _attention_masks(config: PreTrainedConfig, segments: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Any:
-    """Mask in the form that the model's attention takes; one for each kind of layer where windows slide in some."""
-    text_config = config.get_text_config()
-    check_attention(text_config._attn_implementation)
-    window = getattr(text_config, "sliding_window", None)  # only models with windows have the attribute
-    layer_types = set(getattr(text_config, "layer_types", None) or [])
-    unknown = layer_types - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(
-            f"layers of type {', '.join(sorted(unknown))} take no mask of their own, by which permutations share "
-            "their prompt: use a model with attention in every layer"
+        Raises:
+            `ValueError`: the model's attention cannot take a mask of this shape.
+        """
+        rows = []
+        for group in groups:
+            # With the prompt in the cache its last token is read again, to predict the first of each completion.
+            first = 0 if read is None else len(group[0][0]) - 1
+            rows.append(share_prefixes([[*prompt[first:], *completion[:-1]] for prompt, completion in group], first))
+        wanted = [
+            [path[-len(completion) :] for path, (_, completion) in zip(row.paths, group, strict=True)]
+            for row, group in zip(rows, groups, strict=True)
+        ]
+        past = None
+        if read is not None:
+            last = torch.tensor([[len(prompt) - 1] for prompt in read.prompts], device=self.device)
+            positions = read.columns.positions
+            past = read._replace(columns=read.columns._replace(positions=positions.masked_fill(positions >= last, -1)))
+        logits, _ = self._run(rows, wanted, past)
+        completions = [completion for group in groups for _, completion in group]
+        return CompletionLogits(logits, flat_tokens(completions, self.device), [len(c) for c in completions])
+
+    def read(self, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]]) -> ReadPrompts:
+        """
+        Reads prompts, each once. The model must not be checkpointing gradients: its cache would stay empty.
+
+        Args:
+            prompts (`list[list[int]]` of length `B`):
+                Token ids.
+            begun (`list[list[int]]` of length `B`):
+                Tokens with which every continuation of each prompt begins.
+
+        Returns:
+            [`ReadPrompts`]: with `logits` after the last token of `begun`.
+        """
+        rows = [[*prompt, *start] for prompt, start in zip(prompts, begun, strict=True)]
+        # Padded on the right, where causal attention does not look: it needs no mask, and attention without one is
+        # twice as fast. That all tokens are visible must be said, or rows of one question are taken for packed ones.
+        input_ids, mask = pad_rows(rows, self.pad_token_id, self.device, side="right")
+        counted = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
+        lasts = sorted({len(row) - 1 for row in rows})
+        # Without a config every layer keeps all tokens, whatever its window: masks take care of windows.
+        cache = DynamicCache()
+        outputs = self.forward(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=counted,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(lasts, device=self.device),
         )
+        self.count.tokens += sum(map(len, rows))
+        self.count.padded += input_ids.numel()
+        columns = torch.tensor([lasts.index(len(row) - 1) for row in rows], device=self.device)
+        logits = outputs.logits[torch.arange(len(rows), device=self.device), columns]
+        positions = counted.masked_fill(~mask, -1)
+        return ReadPrompts(prompts, begun, cache, Columns(torch.zeros_like(positions), positions), logits)
 
-    def make(window: int | None) -> Any:
-        return _mask(text_config._attn_implementation, segments, position_ids, window, dtype)
+    def extend(
+        self, read: ReadPrompts, tokens: Sequence[Sequence[Sequence[int]]], positions: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, ReadPrompts]:
+        """
+        Continues each prompt in several ways, which do not see each other.
 
-    if layer_types == {"full_attention"} or window is None:
-        return make(None)
-    if not layer_types or layer_types == {"sliding_attention"}:
-        return make(window)
-    return {"full_attention": make(None), "sliding_attention": make(window)}
+        Args:
+            read ([`ReadPrompts`]):
+                Prompts and what earlier calls added to their continuations.
+            tokens (`list[list[list[int]]]` of shape `(B, S)`):
+                New token ids of each continuation, or none.
+            positions (`list[list[int]]` of shape `(B, S)`):
+                Position of the first new token of each.
+
+        Returns:
+            `tuple[Tensor, ReadPrompts]`: predictions after the last new token of each continuation that has any,
+            `(N, V)`, and what is read now.
+        """
+        rows, wanted = [], []
+        for prompt, begun, continuations, starts in zip(read.prompts, read.begun, tokens, positions, strict=True):
+            row = SharedTokens([], [], [], [], [])
+            shared = len(prompt) + len(begun)
+            for s, (new, start) in enumerate(zip(continuations, starts, strict=True)):
+                row.paths.append(list(range(len(row.tokens), len(row.tokens) + len(new))))
+                row.tokens.extend(new)
+                row.owners.extend([s] * len(new))
+                row.positions.extend(range(start, start + len(new)))
+                row.common.append([start + len(new) if s == a else shared for a in range(len(starts))])
+            rows.append(row)
+            wanted.append([path[-1:] for path in row.paths])
+        return self._run(rows, wanted, read)
+
+    def _run(
+        self, rows: Sequence[SharedTokens], wanted: Sequence[Sequence[list[int]]], past: ReadPrompts | None
+    ) -> tuple[Tensor, Any]:
+        """
+        Logits `(T, V)` after the wanted tokens of each sequence of each row, and the cache with all tokens if there
+        was one.
+        """
+        # The columns whose logits are wanted stand last, and none else get any. Masks go by owner and position, so
+        # that the order is free; a sequence alone in its row keeps its own.
+        keep = [sorted({index for indices in row for index in indices}) for row in wanted]
+        orders = []
+        for row, kept in zip(rows, keep, strict=True):
+            last = set(kept)
+            orders.append([*(index for index in range(len(row.tokens)) if index not in last), *kept])
+        width, num_kept = max(map(len, orders)), max(map(len, keep))
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        owners = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.full((len(rows), width), -1)
+        size = max(len(row.common) for row in rows)
+        common = torch.zeros(len(rows), size, size, dtype=torch.long)
+        for b, (row, order) in enumerate(zip(rows, orders, strict=True)):
+            columns = slice(width - len(order), width)
+            input_ids[b, columns] = torch.tensor(row.tokens, dtype=torch.long)[order]
+            owners[b, columns] = torch.tensor(row.owners, dtype=torch.long)[order]
+            positions[b, columns] = torch.tensor(row.positions, dtype=torch.long)[order]
+            common[b, : len(row.common), : len(row.common)] = torch.tensor(row.common)
+        query = Columns(owners.to(self.device), positions.to(self.device))
+        inputs: dict[str, Any] = {}
+        if past is not None:
+            key = past.columns.then(query)
+            inputs = {"past_key_values": _copy_of(past.cache), "use_cache": True}
+            inputs["attention_mask"] = _attention_masks(self.config, query, key, common.to(self.device), self.dtype)
+        elif size == 1:  # plain rows, for which the model makes its masks itself
+            inputs["attention_mask"] = (query.positions >= 0).long()
+        else:
+            inputs["attention_mask"] = _attention_masks(self.config, query, query, common.to(self.device), self.dtype)
+        outputs = self.forward(
+            input_ids=input_ids.to(self.device),
+            position_ids=query.positions.clamp(min=0),
+            logits_to_keep=num_kept,
+            **inputs,
+        )
+        self.count.tokens += sum(map(len, orders))
+        self.count.padded += input_ids.numel()
+
+        flat_rows: list[int] = []
+        flat_columns: list[int] = []
+        for b, (kept, indices) in enumerate(zip(keep, wanted, strict=True)):
+            column = {index: num_kept - len(kept) + i for i, index in enumerate(kept)}
+            flat_columns.extend(column[index] for sequence in indices for index in sequence)
+            flat_rows.extend([b] * sum(map(len, indices)))
+        logits = outputs.logits[
+            torch.tensor(flat_rows, device=self.device), torch.tensor(flat_columns, device=self.device)
+        ]
+        if past is None:
+            return logits, None
+        return logits, past._replace(cache=inputs["past_key_values"], columns=key)
 
 
 def check_attention(attention: str | None) -> None:
     """
-    Raises `ValueError` for an attention that takes no mask of its own, which a shared prompt needs (flash attention
-    knows causal masks and padding only). `None` is the model's default.
+    Raises `ValueError` for an attention that takes no mask of its own, which a shared prefix needs: flash attention
+    knows causal masks and padding only. `None` is the model's default.
     """
     if attention not in (None, "eager", "sdpa", "flex_attention"):
         raise ValueError(
@@ -129,22 +329,70 @@ def check_attention(attention: str | None) -> None:
         )
 
 
-def _mask(attention: str, segments: Tensor, position_ids: Tensor, window: int | None, dtype: torch.dtype) -> Any:
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query_segment, key_segment = segments[batch, query], segments[batch, key]
-        visible = (key_segment == query_segment) | (key_segment == 0)
-        distance = position_ids[batch, query] - position_ids[batch, key]
-        visible = visible & (query >= key) & (key_segment >= 0)
-        return visible if window is None else visible & (distance < window)
+def check_layers(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a model some layers of which are no attention over all tokens or a window of them."""
+    unknown = _layer_types(config) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(
+            f"layers of type {', '.join(sorted(unknown))} take no mask of their own, by which permutations share "
+            "their prompt: use a model with attention in every layer"
+        )
 
-    num_rows, length = segments.shape
+
+def _layer_types(config: PreTrainedConfig) -> set[str]:
+    return set(getattr(config.get_text_config(), "layer_types", None) or [])  # not all models have the attribute
+
+
+def _attention_masks(
+    config: PreTrainedConfig, query: Columns, key: Columns, common: Tensor, dtype: torch.dtype
+) -> Any:
+    """
+    Mask in the form that the model's attention takes; one for each kind of layer where windows slide in some. The
+    query's columns are the last of the key's.
+    """
+    attention = config.get_text_config()._attn_implementation
+    check_attention(attention)
+    check_layers(config)
+    window = getattr(config.get_text_config(), "sliding_window", None)  # only models with windows have the attribute
+    layer_types = _layer_types(config)
+
+    def make(window: int | None) -> Any:
+        return _mask(attention, query, key, common, window, dtype)
+
+    if layer_types == {"full_attention"} or window is None:
+        return make(None)
+    if not layer_types or layer_types == {"sliding_attention"}:
+        return make(window)
+    return {"full_attention": make(None), "sliding_attention": make(window)}
+
+
+def _mask(attention: str, query: Columns, key: Columns, common: Tensor, window: int | None, dtype: torch.dtype) -> Any:
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        position, key_position = query.positions[batch, i], key.positions[batch, j]
+        visible = (key_position >= 0) & (key_position <= position)
+        visible = visible & (key_position < common[batch, query.owners[batch, i], key.owners[batch, j]])
+        return visible if window is None else visible & (position - key_position < window)
+
+    num_rows, num_queries = query.positions.shape
+    num_keys, device = key.positions.shape[1], key.positions.device
     if attention == "flex_attention":
-        return create_block_mask(sees, num_rows, None, length, length, device=segments.device)
-    columns = torch.arange(length, device=segments.device)
-    batch = torch.arange(num_rows, device=segments.device)[:, None, None]
-    allowed = sees(batch, batch, columns[None, :, None], columns[None, None, :]).unsqueeze(1)  # [B, 1, S, S]
+        return create_block_mask(sees, num_rows, None, num_queries, num_keys, device=device)
+    batch = torch.arange(num_rows, device=device)[:, None, None]
+    i, j = torch.arange(num_queries, device=device)[:, None], torch.arange(num_keys, device=device)
+    allowed = sees(batch, batch, i, j).unsqueeze(1)  # [B, 1, Q, K]
     # Padding sees itself, because a softmax over nothing is NaN.
-    allowed = allowed | torch.eye(length, dtype=torch.bool, device=segments.device)
+    allowed = allowed | (i + num_keys - num_queries == j)
     if attention == "sdpa":
         return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def _copy_of(cache: DynamicCache) -> DynamicCache:
+    """A cache that can grow by itself. Tensors are shared, as growing replaces them."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

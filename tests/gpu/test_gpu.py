@@ -11,6 +11,7 @@ from trl_dro import DROConfig, DROTrainer
 from trl_dro.likelihood import completion_logits
 from trl_dro.permutation import PermutationCodec, permutation_logps, sample_permutations
 from trl_dro.roles import ROLES
+from trl_dro.shared_prefix import PackedModel
 
 from ..test_dro_trainer import (
     ONE_QUESTION,
@@ -66,7 +67,10 @@ def test_sampled_log_probabilities_equal_scored_ones(kind, dtype, tolerance):
     model = tiny_llama(tokenizer).to(CUDA, dtype)
     codec = PermutationCodec(tokenizer, 20, num_selected=4)
     prompts = [tokenizer(text).input_ids for text in ("Question: who?", "Question: who wrote the book in Paris? " * 3)]
-    samples = sample_permutations(model, codec, prompts, [20, 13], 8, 0, CUDA)
+    packed = PackedModel(model, model.config, 0, CUDA, dtype)
+    with torch.no_grad():
+        read = packed.read(prompts, [codec.forced_start(n) for n in (20, 13)])
+    samples = sample_permutations(packed, codec, read, [20, 13], 8)
     for i, n in enumerate((20, 13)):
         with torch.no_grad():
             scored = permutation_logps(
