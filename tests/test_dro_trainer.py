@@ -184,11 +184,12 @@ def test_correction_removes_the_bias_of_a_tempered_proposal(make_trainer, monkey
 
 def test_correction_under_top_p_gives_the_gradient_of_the_nucleus(make_trainer):
     settings = ONE_QUESTION | {"temperature": 1.3, "top_p": 0.8, "selector_estimator": "rws"}
+    settings["steps_per_estimation"] = 2  # estimates are kept
     trainer = make_trainer(make_dataset(1), **settings)
     record = trainer.train_dataset[0]
     run_step(trainer)
     estimate = {role: gradients(trainer, role) for role in ROLES}
-    drawn = {tuple(z) for z in trainer._estimates[0].samples.permutations[0].tolist()}
+    drawn = {tuple(z) for z in trainer._estimates[0][0].samples.permutations[0].tolist()}
     nucleus = torch.tensor(sorted(drawn))
     assert len(nucleus) < 12  # what is never sampled cannot be corrected for
     trainer.model.zero_grad()
@@ -241,18 +242,78 @@ def test_scoring_in_the_loss_forward_equals_scoring_in_the_e_step(make_trainer):
         torch.testing.assert_close(gradients(trainer, role), fused[role], atol=1e-6, rtol=1e-4)
 
 
-def test_generator_runs_once_when_one_estimate_serves_one_update(make_trainer, monkeypatch):
-    trainer = make_trainer()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_role_reads_its_prompts_once_when_one_estimate_serves_one_update(
+    make_trainer, monkeypatch, checkpointing
+):
+    trainer = make_trainer(gradient_checkpointing=checkpointing)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable()
     calls = []
     forward = trainer.roles.forward
-    monkeypatch.setattr(
-        trainer.roles,
-        "forward",
-        lambda role, wrapped=None, **k: calls.append((role, torch.is_grad_enabled())) or forward(role, wrapped, **k),
-    )
+
+    def recording(role, wrapped=None, **inputs):
+        calls.append((role, torch.is_grad_enabled(), inputs["input_ids"].shape[1] > 50))
+        return forward(role, wrapped, **inputs)
+
+    monkeypatch.setattr(trainer.roles, "forward", recording)
     run_step(trainer)
-    assert [call for call in calls if call[0] == "generator"] == [("generator", True)]
-    assert [call for call in calls if call[0] == "selector" and call[1]] == [("selector", True)]
+    assert [call for call in calls if call[0] == "generator"] == [("generator", True, True)]
+    # Under checkpointing a cache keeps nothing that the backward could use.
+    with_gradients = (
+        [("selector", True, True)] if checkpointing else [("selector", True, True), ("selector", True, False)]
+    )
+    assert [call for call in calls if call[:2] == ("selector", True)] == with_gradients
+    without_gradients = {call[2] for call in calls if call[:2] == ("selector", False)}
+    assert without_gradients == ({True, False} if checkpointing else {False})
+
+
+def test_going_on_from_the_e_steps_forward_gives_the_gradient_of_a_forward_of_its_own(make_trainer):
+    trainer = make_trainer(gradient_checkpointing=False)
+    run_step(trainer)
+    once = {role: gradients(trainer, role) for role in ROLES}
+    trainer.args.disable_dropout = False  # there is none, but now the M-step may differ from the E-step
+    run_step(trainer)
+    for role in ROLES:
+        torch.testing.assert_close(gradients(trainer, role), once[role], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps_per_estimation", [1, 2])
+def test_a_budget_of_tokens_leaves_loss_and_gradient_alone(make_trainer, monkeypatch, steps_per_estimation):
+    settings = {"per_device_train_batch_size": 4, "steps_per_estimation": steps_per_estimation}
+    results, widths = [], []
+    for budget in (None, 1000, 1):
+        trainer = make_trainer(gradient_checkpointing=False, max_tokens_per_forward=budget, **settings)
+        rows = []
+        forward = trainer.roles.forward
+        monkeypatch.setattr(
+            trainer.roles, "forward", lambda *a, f=forward, r=rows, **k: r.append(len(k["input_ids"])) or f(*a, **k)
+        )
+        loss = run_step(trainer)
+        results.append((loss, *(gradients(trainer, role) for role in ROLES)))
+        widths.append(max(rows))
+    assert widths[0] > widths[1] >= widths[2]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-4)
+
+
+def test_leaving_out_negligible_weights_changes_the_generators_gradient_by_no_more_than_their_share(
+    make_trainer, monkeypatch
+):
+    trainer = make_trainer(gradient_checkpointing=False, num_permutations=8, weight_temperature=0.05)
+    results = {}
+    for negligible in (0.0, 1e-6, 0.3):
+        trainer.args.negligible_weight = negligible
+        loss = run_step(trainer)
+        results[negligible] = (loss, {role: gradients(trainer, role) for role in ROLES}, trainer._means.pop())
+    exact_loss, exact, _ = results[0.0]
+    for negligible in (1e-6, 0.3):
+        loss, skipping, means = results[negligible]
+        torch.testing.assert_close(loss, exact_loss, atol=1e-4, rtol=1e-4)  # the loss is logged whole
+        torch.testing.assert_close(skipping["selector"], exact["selector"], atol=1e-6, rtol=1e-4)
+        assert means["generator/skipped_weight"] <= negligible and means["generator/skipped_share"] > 0.2
+        assert relative_error(skipping["generator"], exact["generator"]) < max(1e-4, 2 * negligible)
+    assert relative_error(results[0.3][1]["generator"], exact["generator"]) > 1e-4
 
 
 def test_both_roles_stay_trainable_and_in_the_optimizer_after_every_operation(make_trainer, tmp_path):
@@ -320,8 +381,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(make_tra
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4, gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1
-    [estimate] = trainer._expectation_step(micro_batch)
-    trainer._maximization_step(trainer.model, estimate)
+    estimate = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
+    trainer._maximization_step(trainer.model, estimate, last=True)
     whole = {role: gradients(trainer, role) for role in ROLES}
 
     trainer.model.zero_grad()
@@ -334,20 +395,21 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(make_tra
             estimate.targets[half],
             type(estimate.samples)(*(tensor[half] for tensor in estimate.samples)),
         )
-        trainer._maximization_step(trainer.model, part)
+        trainer._maximization_step(trainer.model, part, last=True)
     for role in ROLES:
         torch.testing.assert_close(gradients(trainer, role), whole[role], atol=1e-6, rtol=1e-4)
 
 
 def test_algorithm_1_estimates_the_whole_epoch_once_and_visits_it_as_often_as_asked(make_trainer, monkeypatch):
     trainer = make_trainer(steps_per_estimation=-1, maximization_epochs=2, max_steps=-1, num_train_epochs=2)
-    sizes = []
-    expectation_step = trainer._expectation_step
+    events = []
+    estimate, maximization_step = trainer._estimate, trainer._maximization_step
+    monkeypatch.setattr(trainer, "_estimate", lambda *a: events.append("E") or estimate(*a))
     monkeypatch.setattr(
-        trainer, "_expectation_step", lambda inputs: sizes.append(len(inputs.block)) or expectation_step(inputs)
+        trainer, "_maximization_step", lambda *a, **k: events.append("M") or maximization_step(*a, **k)
     )
     trainer.train()
-    assert sizes == [4, 4]  # 8 questions, 2 at a time
+    assert events == ["E"] * 4 + ["M"] * 8 + ["E"] * 4 + ["M"] * 8  # 8 questions, 2 at a time
     assert trainer.state.global_step == 2 * 4 * 2
 
 
@@ -372,7 +434,7 @@ def test_candidates_are_shuffled_anew_in_training_and_never_in_evaluation(make_t
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4)
     [micro_batch] = list(trainer.get_train_dataloader())
-    [together] = trainer._expectation_step(micro_batch)
+    together = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
     batch = micro_batch.block[0]
     with torch.no_grad():
         trainer.model.eval()
@@ -526,6 +588,7 @@ def test_logs_name_every_quantity(make_trainer):
         *("loss", "selector/loss", "generator/loss", "grad_norm", "selector/grad_norm", "generator/grad_norm"),
         *("elbo", "iwae_bound", "ess", "weight_entropy", "unique_permutations", "selector/entropy", "learning_rate"),
         *("tiny_likelihood_share", "masked_question_share", "tokens_per_second", "e_step_seconds", "m_step_seconds"),
+        "padding_share",
     }
     for logs in trainer.state.log_history[:4]:
         assert expected <= set(logs)
@@ -653,7 +716,7 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
     trainer = make_trainer(Dataset.from_list(rows), gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1
-    [estimate] = trainer._expectation_step(micro_batch)
+    estimate = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
     healthy = estimate.batch.rows.index(0)
     alone = type(estimate)(
         type(estimate.batch)([0], [True], estimate.batch.denominator),
@@ -661,7 +724,7 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
         [estimate.targets[healthy]],
         type(estimate.samples)(*(tensor[healthy : healthy + 1] for tensor in estimate.samples)),
     )
-    trainer._maximization_step(trainer.model, alone)
+    trainer._maximization_step(trainer.model, alone, last=True)
     expected = {role: gradients(trainer, role) for role in ROLES}
     trainer._means.pop()
 
@@ -674,7 +737,7 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
         return logps * torch.where(is_zebra, float("nan"), 1.0).unsqueeze(-1)
 
     trainer.rag.answer_logps = broken
-    trainer._maximization_step(trainer.model, estimate)
+    trainer._maximization_step(trainer.model, estimate, last=True)
     assert trainer._means.pop()["masked_question_share"] == 0.5
     for role in ROLES:
         torch.testing.assert_close(gradients(trainer, role), expected[role], atol=1e-6, rtol=1e-4)
@@ -705,11 +768,11 @@ def test_a_permutation_of_likelihood_zero_is_a_weight_of_zero(make_trainer, monk
 def test_every_call_of_train_estimates_anew(make_trainer, monkeypatch):
     trainer = make_trainer(steps_per_estimation=-1, max_steps=-1, num_train_epochs=1)
     calls = []
-    expectation_step = trainer._expectation_step
-    monkeypatch.setattr(trainer, "_expectation_step", lambda inputs: calls.append(1) or expectation_step(inputs))
+    estimate = trainer._estimate
+    monkeypatch.setattr(trainer, "_estimate", lambda *a: calls.append(1) or estimate(*a))
     trainer.train()
     trainer.train()
-    assert len(calls) == 2
+    assert len(calls) == 2 * 4
 
 
 def test_scaled_gradients_are_unscaled_once_and_logged_unscaled(make_trainer, monkeypatch):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from trl_dro.estimation import Estimate
+from trl_dro.estimation import Estimate, significant_permutations
 from trl_dro.importance import importance_weights, selector_coefficients
 from trl_dro.permutation import PermutationSamples
 from trl_dro.roles import ROLES
@@ -154,3 +154,28 @@ def test_a_floor_scales_the_gradient_of_a_question_by_its_factor(tmp_path):
         factors.append(trainer._means.pop()["question_weight"])
     assert factors[0] == pytest.approx(1) and 1e-3 < factors[1] < 0.999
     assert norms[1] == pytest.approx([factors[1] * norm for norm in norms[0]], rel=1e-4)
+
+
+def test_only_the_lightest_permutations_are_left_out_and_none_that_is_drawn_again():
+    permutations = torch.tensor([[[1, 2], [3, 4], [2, 1], [4, 1]], [[1, 2], [1, 2], [3, 1], [4, 2]]])
+    weights = torch.tensor([[0.6, 0.3, 0.04, 0.06], [0.05, 0.05, 0.5, 0.4]])
+    everything, kept = significant_permutations(permutations, weights, 0.0)
+    assert kept.all() and torch.equal(everything, permutations)
+    reduced, kept = significant_permutations(permutations, weights, 0.11)
+    assert kept.tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert reduced[0].tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]  # nothing more to compute
+    # Both copies of a permutation, or none.
+    _, kept = significant_permutations(permutations, weights, 0.07)
+    assert kept.tolist() == [[True, True, False, True], [True] * 4]
+
+
+def test_the_heaviest_permutation_is_kept_whatever_may_be_left_out():
+    permutations = torch.tensor([[[1, 2], [3, 4]]])
+    _, kept = significant_permutations(permutations, torch.tensor([[0.4, 0.6]]), 0.999)
+    assert kept.tolist() == [[False, True]]
+
+
+def test_weights_of_zero_may_be_left_out_without_any_loss():
+    permutations = torch.tensor([[[1, 2], [3, 4]]])
+    _, kept = significant_permutations(permutations, torch.tensor([[0.0, 1.0]]), 0.0)
+    assert kept.tolist() == [[False, True]]

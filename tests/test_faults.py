@@ -558,7 +558,8 @@ def test_an_e_step_that_does_not_fit_is_halved_until_it_does_and_gives_the_same(
     sizes = limit_rows(halved, 8)  # two questions of four permutations
     estimates = []
     for trainer in (whole, halved):
-        [estimate] = trainer._expectation_step(next(iter(trainer.get_train_dataloader())))
+        micro_batch = next(iter(trainer.get_train_dataloader()))
+        estimate = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
         estimates.append(estimate)
     assert torch.equal(estimates[0].samples.permutations, estimates[1].samples.permutations)
     torch.testing.assert_close(estimates[0].samples.logps, estimates[1].samples.logps, atol=2e-5, rtol=1e-5)
@@ -566,7 +567,7 @@ def test_an_e_step_that_does_not_fit_is_halved_until_it_does_and_gives_the_same(
     assert whole.rag.max_tokens is None
     budget = halved.rag.max_tokens
     assert budget > 0 and max(sizes) <= 8
-    halved._expectation_step(next(iter(halved.get_train_dataloader())))
+    halved._estimate(micro_batch.block[0], micro_batch.block_index)
     assert halved.rag.max_tokens == budget  # found once
     halved.train()
     assert halved.state.global_step == 4 and halved.rag.max_tokens == budget
