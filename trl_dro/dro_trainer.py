@@ -342,15 +342,16 @@ class DROTrainer(RoleTrainer):
         self._last_rows = estimate.batch.rows
         questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
 
+        significant, kept = estimate.samples.permutations, None
+        if self.args.negligible_weight > 0 and self.args.train_generator:
+            weights = self._weigh(estimate).importance
+            significant, kept = significant_permutations(significant, weights, self.args.negligible_weight)
+            self._means.add_all("generator/skipped_share", ~kept)
+            self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
+
         def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            permutations, kept = estimate.samples.permutations, None
-            if estimate.answer_logps is not None:
-                weights = self._weigh(estimate).importance
-                permutations, kept = significant_permutations(permutations, weights, self.args.negligible_weight)
-                self._means.add_all("generator/skipped_share", ~kept)
-                self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
             targets = [estimate.targets[row] for row in rows]
-            logps = self._answer_logps([questions[row] for row in rows], targets, permutations[rows], wrapped)
+            logps = self._answer_logps([questions[row] for row in rows], targets, significant[rows], wrapped)
             return logps if kept is None else torch.where(kept[rows], logps, estimate.answer_logps[rows])
 
         def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:

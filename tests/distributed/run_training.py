@@ -32,7 +32,8 @@ from ..test_dro_trainer import make_dataset, randomize_adapters
 from ..tiny_models import bpe_tokenizer, tiny_llama
 
 
-MEASURED = {"tokens_per_second", "e_step_seconds", "m_step_seconds"}  # logged, and never twice the same
+# Measured by the clock, or a matter of which rows stand in one batch: never twice the same.
+MEASURED = {"tokens_per_second", "e_step_seconds", "m_step_seconds", "padding_share"}
 
 
 class Pause(TrainerCallback):
@@ -105,7 +106,7 @@ def result_folder(output_dir: str | Path, rank: int) -> Path:
 
 
 def read_result(output_dir: str | Path, rank: int = 0) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Logs of every update, without what is measured by the clock, and final weights."""
+    """Logs of every update, without `MEASURED`, and final weights."""
     folder = result_folder(output_dir, rank)
     history = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
     logs = [{k: v for k, v in row.items() if k not in MEASURED} for row in history if "loss" in row]
