@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import itertools
 import random
 
 import pytest
@@ -293,3 +294,45 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(rag):
     with torch.no_grad(), pytest.raises(RuntimeError, match="a bug"):
         rag._in_chunks(run, [10] * 4)
     assert rag.max_tokens is None
+
+
+ALIKE = torch.tensor([[[4, 1], [4, 2], [4, 3], [4, 1]]])  # all begin with the longest document
+UNLIKE = torch.tensor([[[1, 4], [2, 4], [3, 4], [2, 4]]])
+
+
+@pytest.mark.parametrize("permutations, num_rows", [(ALIKE, 1), (UNLIKE, 3)])
+def test_prompts_that_begin_alike_share_a_row_where_counted_tokens_say_so_and_score_the_same(
+    rag, shapes, monkeypatch, permutations, num_rows
+):
+    def scores_and_gradients():
+        rag.roles.model.zero_grad()
+        logps = rag.answer_logps(QUESTIONS[:1], [["Anna Brown"]], permutations)
+        (logps * torch.arange(1.0, 5.0)).sum().backward()
+        return logps, [p.grad.clone() for _, p in rag.roles.named_parameters("generator")]
+
+    chosen = scores_and_gradients()
+    tokens = rag.count.tokens
+    assert shapes == [("generator", num_rows)]
+    # The other way round
+    flops = rag._forward_flops
+    monkeypatch.setattr(rag, "_forward_flops", lambda role, lengths: -flops(role, lengths))
+    other = scores_and_gradients()
+    assert shapes[1:] == [("generator", 4 - num_rows)]
+    torch.testing.assert_close(other, chosen, atol=1e-4, rtol=1e-4)
+    if permutations is ALIKE:
+        assert tokens < 0.75 * (rag.count.tokens - tokens)
+
+
+def test_a_rows_cost_is_counted_from_its_padded_tokens_and_their_pairs(rag):
+    weights = sum(p.numel() for n, p in rag.roles.module("generator").named_parameters() if "embed_tokens" not in n)
+    channels = 2 * 32  # layers, and heads times channels of each
+    assert rag._forward_flops("generator", [5, 8, 3]) == 3 * 8 * (2 * weights + 4 * channels * 8)
+
+
+def test_no_permutations_of_a_question_take_more_tokens_than_its_length_says(rag):
+    lengths = rag.question_lengths(QUESTIONS, 6)
+    for question, length in zip(QUESTIONS, lengths, strict=True):
+        ids = range(1, len(question["documents"]) + 1)
+        longest = max(len(rag._generator_prompt(question, list(z))) for z in itertools.permutations(ids, 2))
+        selector = len(rag.prompts["selector"](question["question"], question["documents"]))
+        assert length == max(6 * longest, selector + 6 * rag.codec.max_length)

@@ -21,7 +21,7 @@ from .run_training import read_result, start
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120  # until a process is given up
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 sums over batches of other widths, after 8 updates
 NUM_UPDATES = 8
 
 
