@@ -67,9 +67,11 @@ class Preset:
         lora_rank (`int`):
             Rank of every adapter.
         steps (`int`):
-            Steps of ours, of which the median is taken. Every trainer has run on small questions before.
+            Steps of ours, of which the median is taken.
         peer_steps (`int`):
             Steps of each of the others.
+        warm_up (`bool`):
+            Run every trainer on small questions first. On the CPU this costs more time than it changes.
         scaling (`dict`):
             Values of m, n and words to vary, one at a time.
         quantized (`bool`):
@@ -84,6 +86,7 @@ class Preset:
     steps: int
     peer_steps: int
     scaling: dict[str, list[int]]
+    warm_up: bool = True
     quantized: bool = False
     checkpointing: bool = False
     num_documents: int = 20
@@ -110,7 +113,8 @@ PRESETS = {
         lora_rank=16,
         steps=2,
         peer_steps=1,
-        scaling={"m": [1, 4, 16], "n": [5, 40], "words": [50]},
+        scaling={"m": [1, 16], "n": [5, 40], "words": [50]},
+        warm_up=False,
     ),
     "gpu-llama1b": Preset(
         model=LLAMA
@@ -240,8 +244,10 @@ class Meter:
         self.tokens[name].append(self.num_tokens - before)
 
     def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        """Seconds: by the clock on a GPU, of the processor on a CPU, where one thread runs and others may disturb."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
     @contextlib.contextmanager
@@ -368,18 +374,17 @@ class UnsharedRAG(RAGModel):
         return self.tokenizers["selector"].pad_token_id
 
 
-def make_trainer(cls: type, preset: Preset, base: Path, folder: Path, tokenizer: Any, **changes: Any) -> Any:
+def make_trainer(cls: type, preset: Preset, base: Path, folder: Path, tokenizer: Any) -> Any:
     """A trainer of one question per step."""
-    settings = {"n": preset.num_documents, "words": preset.words, "m": preset.num_permutations} | changes
     args = DROConfig(
         **common_settings(preset, folder),
-        max_candidates=settings["n"],
+        max_candidates=preset.num_documents,
         num_selected=preset.num_selected,
-        num_permutations=settings["m"],
+        num_permutations=preset.num_permutations,
         per_device_train_batch_size=1,
         max_answer_length=16,
     )
-    questions = make_questions(preset.steps, settings["n"], settings["words"])
+    questions = make_questions(preset.steps, preset.num_documents, preset.words)
     return cls(load_base(preset, base), args, questions, processing_class=tokenizer, peft_config=lora(preset))
 
 
@@ -494,10 +499,11 @@ def run_sft(preset: Preset, base: Path, folder: Path, tokenizer: Any, prompts: A
 # Parts of our step, and how they grow
 
 
-def time_parts(trainer: DROTrainer, meter: Meter, repeats: int) -> dict[str, float]:
+def time_parts(
+    trainer: DROTrainer, meter: Meter, question: dict[str, Any], num_permutations: int, repeats: int
+) -> dict[str, float]:
     """Seconds of the selector's and the generator's share of one step on one question, least of `repeats`."""
     rag = trainer.rag
-    question = trainer.train_dataset[0]
     seconds = defaultdict(list)
     for _ in range(repeats):
         trainer.model.eval()
@@ -505,7 +511,7 @@ def time_parts(trainer: DROTrainer, meter: Meter, repeats: int) -> dict[str, flo
         with trainer.accelerator.autocast():
             read = None if trainer.args.gradient_checkpointing else rag.read([question])
         with trainer.accelerator.autocast():
-            samples = rag.sample([question], trainer.args.num_permutations, seeds=[0], read=read)
+            samples = rag.sample([question], num_permutations, seeds=[0], read=read)
         trainer.model.train()
         with trainer.accelerator.autocast():
             logps = rag.permutation_logps([question], samples.permutations, read=read)
@@ -528,13 +534,13 @@ def measure_scaling(preset: Preset, base: Path, folder: Path, tokenizer: Any) ->
         points += [point for value in values if (point := defaults | {name: value}) not in points]
     if defaults not in points:
         points.append(defaults)
+    most = replace(preset, num_documents=max(point["n"] for point in points))
+    trainer = make_trainer(DROTrainer, most, base, folder, tokenizer)
     rows = []
     for point in points:
-        trainer = make_trainer(DROTrainer, preset, base, folder, tokenizer, **point)
-        parts = time_parts(trainer, Meter(preset.device), preset.peer_steps)
+        question = make_questions(1, point["n"], point["words"])[0]
+        parts = time_parts(trainer, Meter(preset.device), question, point["m"], preset.peer_steps)
         rows.append({**point, "seconds": sum(parts.values()), **{f"{k}_seconds": v for k, v in parts.items()}})
-        del trainer
-        gc.collect()
     return rows
 
 
@@ -620,7 +626,8 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
         ("trl", run_trl, preset.peer_steps),
     ):
         console.print(f"measuring {name} …")
-        measure(replace(preset, num_documents=preset.num_selected, words=8, steps=1), base, folder, tokenizer)
+        if preset.warm_up:
+            measure(replace(preset, num_documents=preset.num_selected, words=8, steps=1), base, folder, tokenizer)
         meters[name] = measure(replace(preset, steps=steps), base, folder, tokenizer)
     seconds = {
         name: {phase: statistics.median(m.seconds[phase]) for phase in ("E", "M", "step")}
