@@ -2,8 +2,10 @@
 """The command line: `trl-dro retrieve --help`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from trl import TrlParser
@@ -154,7 +156,7 @@ def make_retriever(name: str, args: RetrieveArguments, questions: Dataset) -> Re
             return PrecomputedRetriever(questions)
 
 
-COMMANDS = {"retrieve": (RetrieveArguments, retrieve)}
+COMMANDS: dict[str, tuple[Any, Callable[[Any], Any]]] = {"retrieve": (RetrieveArguments, retrieve)}
 
 
 def main() -> None:

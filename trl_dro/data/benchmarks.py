@@ -304,7 +304,7 @@ def _converter(row: Row, source: str) -> Callable[[Row, str], Iterable[Row]]:
         if columns <= row.keys():
             return _checked(convert, columns)
     raise DatasetError(
-        f"{source}: the columns {', '.join(map(repr, row))} are those of no form that is known; give an official file, "
+        f"{source}: the columns {', '.join(map(repr, row))} are those of no known form; give an official file, "
         "or rename yours to question and answers"
     )
 
@@ -371,7 +371,7 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
             yield from read_jsonl(path)
             return
         raise DatasetError(
-            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}); if this is the last line, the file was cut "
+            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}); if this is the last line, the file is cut "
             "short: copy it again"
         ) from None
     except UnicodeDecodeError as error:

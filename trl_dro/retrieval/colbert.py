@@ -3,7 +3,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +83,27 @@ class ColBERTRetriever:
 
         place = Path(folder).absolute() / f"colbert-{content_key(self.settings, corpus.fingerprint)}"
         collection = Collection(data=_Texts(corpus))
-        run = RunConfig(nranks=max(1, torch.cuda.device_count()), avoid_fork_if_possible=True)
+        config = ColBERTConfig(doc_maxlen=self.document_length, query_maxlen=self.query_length, nbits=self.nbits)
 
-        def config(root: Path) -> ColBERTConfig:
-            return ColBERTConfig(
-                root=str(root),
-                index_root=str(root),
-                doc_maxlen=self.document_length,
-                query_maxlen=self.query_length,
-                nbits=self.nbits,
+        def run_in(root: Path) -> AbstractContextManager:
+            # The run's folders take precedence over those of a config.
+            num_gpus = torch.cuda.device_count()
+            return Run().context(
+                RunConfig(root=str(root), index_root=str(root), nranks=max(1, num_gpus), avoid_fork_if_possible=True)
             )
 
         # colbert-ai prints tens of lines; its progress bars go to the standard error, which stays.
-        with redirect_stdout(None), Run().context(run):
+        with redirect_stdout(StringIO()):
             with build_once(place) as partial:
                 if partial is not None:
                     # Without its centroids an index cannot be continued: the sample they come from is gone.
                     has_centroids = (partial / INDEX_NAME / "buckets.pt").is_file()
-                    Indexer(self.model, config(partial), verbose=1).index(
-                        INDEX_NAME, collection, overwrite="resume" if has_centroids else "force_silent_overwrite"
-                    )
-            self.searcher = Searcher(INDEX_NAME, self.model, collection, config(place), str(place), verbose=1)
+                    with run_in(partial):
+                        Indexer(self.model, config, verbose=1).index(
+                            INDEX_NAME, collection, overwrite="resume" if has_centroids else "force_silent_overwrite"
+                        )
+            with run_in(place):
+                self.searcher = Searcher(INDEX_NAME, self.model, collection, config, verbose=1)
         self.corpus = corpus
 
     def search(self, queries: list[str], k: int) -> list[list[Document]]:
@@ -112,7 +113,7 @@ class ColBERTRetriever:
             return []
         # colbert-ai derives how far it looks from the first k it sees, and keeps it for the next.
         self.searcher.configure(ncells=None, centroid_score_threshold=None, ndocs=None)
-        with redirect_stdout(None):
+        with redirect_stdout(StringIO()):
             vectors = self.searcher.encode(queries)
             found = [self.searcher.dense_search(vectors[row : row + 1], k) for row in range(len(queries))]
         return corpus.rankings([positions for positions, _, _ in found], [scores for _, _, scores in found])

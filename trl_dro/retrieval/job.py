@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from .interface import Retriever, query_text
 
 
 REPORT = "retrieval.json"
+SHARD = "records.arrow"
 CUTOFFS = (1, 3, 5, 20)
 VERSION = 1  # raised when the same inputs would give other records
 
@@ -135,7 +137,7 @@ def retrieve_to_folder(
         whole = partial / "whole"
         if not whole.is_dir():
             with whole_folder(whole) as temporary:
-                parts = [load_from_disk(str(shard)) for shard in shards]
+                parts = [Dataset.from_file(str(shard / SHARD)) for shard in shards]
                 concatenate_datasets(parts).save_to_disk(str(temporary))
                 _write_json(temporary / REPORT, report)
         if folder.exists():
@@ -184,7 +186,9 @@ def _search(
                 records += _with_candidates(rows, retriever, k)
                 progress.update(len(rows))
             with whole_folder(shard) as temporary:
-                build_dataset(records).save_to_disk(str(temporary))
+                table = build_dataset(records).data.table
+                with pa.OSFile(str(temporary / SHARD), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table)
                 seconds = time.monotonic() - begin
                 _write_json(temporary / REPORT, {"hits": count_hits(records, k), "seconds": seconds})
     return shards
