@@ -78,7 +78,7 @@ class BM25Retriever:
     @property
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on, besides the corpus."""
-        return {"retriever": "bm25", "k1": self.k1, "b": self.b, "shard_size": self.shard_size}
+        return {"retriever": "bm25", "k1": self.k1, "b": self.b}
 
     def index(self, corpus: Corpus, folder: str | os.PathLike) -> None:
         """Indexes a corpus, or opens its index where there is one with the same content and settings.
@@ -116,33 +116,25 @@ class BM25Retriever:
         corpus = require_corpus(self.corpus, k)
         if not queries:
             return []
-        words = _tokenize(queries)
-        words_of_queries = bm25s.tokenization.convert_tokenized_to_string_list(words)
-        positions, scores, start = [], [], 0
-        for shard in self.shards:
-            num_passages = shard.scores["num_docs"]
-            # "auto" would switch to JAX where it is installed, and with it the order of ties
-            found = shard.retrieve(
-                words_of_queries, k=min(k, num_passages), show_progress=False, backend_selection="numpy"
-            )
-            positions.append(found.documents + start)
-            scores.append(found.scores)
-            start += num_passages
-        all_positions, all_scores = np.concatenate(positions, axis=1), np.concatenate(scores, axis=1)
-        # Ties by position, so that a ranking does not depend on numpy's partition.
-        best = np.lexsort((all_positions, -all_scores))[:, :k]
-        return corpus.rankings(
-            np.take_along_axis(all_positions, best, axis=1).tolist(),
-            np.take_along_axis(all_scores, best, axis=1).tolist(),
-        )
+        positions, scores = [], []
+        for words in bm25s.tokenization.convert_tokenized_to_string_list(_tokenize(queries)):
+            found = [_best(shard.get_scores(words or [""]), k) for shard in self.shards]
+            starts = np.cumsum([0] + [shard.scores["num_docs"] for shard in self.shards])
+            of_shards = np.concatenate([start + best for start, (best, _) in zip(starts, found, strict=False)])
+            scores_of_shards = np.concatenate([values for _, values in found])
+            order = np.lexsort((of_shards, -scores_of_shards))[:k]
+            positions.append(of_shards[order].tolist())
+            scores.append(scores_of_shards[order].tolist())
+        return corpus.rankings(positions, scores)
 
     def _build(self, corpus: Corpus, folder: Path) -> None:
         """Counts the words of each shard, then turns the counts into scores, which need the whole corpus."""
         starts = range(0, len(corpus), self.shard_size)
+        # The size is in the name, so that another size does not take these for its own.
+        paths = [folder / f"counts-{self.shard_size}-{number:05d}.npz" for number in range(len(starts))]
         vocabulary: dict[str, int] = {}
         with tqdm(total=len(corpus), desc="Indexing", unit="passage", disable=not self.show_progress) as progress:
-            for number, start in enumerate(starts):
-                path = folder / f"counts-{number:05d}.npz"
+            for path, start in zip(paths, starts, strict=True):
                 stop = min(start + self.shard_size, len(corpus))
                 if path.is_file():
                     for word in str(np.load(path)["new_words"]).split():
@@ -155,15 +147,15 @@ class BM25Retriever:
 
         frequencies = np.zeros(len(vocabulary), dtype=np.int64)
         num_words = 0
-        for number in range(len(starts)):
-            with np.load(folder / f"counts-{number:05d}.npz") as counts:
+        for path in paths:
+            with np.load(path) as counts:
                 frequencies[: len(counts["frequencies"])] += counts["frequencies"]
                 num_words += int(counts["lengths"].sum())
         # Lucene's inverse document frequency, which is bm25s's default.
         idf = np.log(1 + (len(corpus) - frequencies + 0.5) / (frequencies + 0.5))
 
-        for number in range(len(starts)):
-            with np.load(folder / f"counts-{number:05d}.npz") as counts:
+        for number, path in enumerate(paths):
+            with np.load(path) as counts:
                 self._scored(counts, idf, num_words / len(corpus)).save(folder / f"shard-{number:05d}")
         (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         for path in folder.glob("counts-*"):
@@ -217,6 +209,21 @@ def _count_words(
         "lengths": all_lengths,
         "new_words": np.array(" ".join(list(vocabulary)[num_known:])),
     }
+
+
+def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Positions and scores of the `k` best passages, in no order; of equal ones the first are taken, so that a ranking
+    does not depend on the size of a shard. Most scores are 0, and a partition of many equal values is slow.
+    """
+    candidates = np.flatnonzero(scores > 0)
+    if len(candidates) >= k:
+        threshold = np.partition(scores[candidates], -k)[-k]
+        candidates = candidates[scores[candidates] >= threshold]
+        candidates = candidates[np.lexsort((candidates, -scores[candidates]))[:k]]
+    else:
+        candidates = np.union1d(candidates, np.arange(min(k + len(candidates), len(scores))))
+    return candidates, scores[candidates]
 
 
 def _tokenize(texts: list[str]) -> bm25s.tokenization.Tokenized:
