@@ -132,7 +132,7 @@ class BM25Retriever:
         starts = range(0, len(corpus), self.shard_size)
         # The size is in the name, so that another size does not take these for its own.
         paths = [folder / f"counts-{self.shard_size}-{number:05d}.npz" for number in range(len(starts))]
-        vocabulary: dict[str, int] = {}
+        vocabulary = {"": 0}  # bm25s cannot search an index without words
         with tqdm(total=len(corpus), desc="Indexing", unit="passage", disable=not self.show_progress) as progress:
             for path, start in zip(paths, starts, strict=True):
                 stop = min(start + self.shard_size, len(corpus))
