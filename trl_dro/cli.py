@@ -172,6 +172,9 @@ def main() -> None:
     parser = TrlParser((dataclass_type,), prog=f"trl-dro {name}", description=dataclass_type.__doc__)
     try:
         (parsed,) = parser.parse_args_and_config(arguments)
+    except ValueError as error:
+        sys.exit(f"trl-dro {name}: {error}")
+    try:
         command(parsed)
     except (DatasetError, ImportError, OSError) as error:
         sys.exit(f"trl-dro {name}: {error}")

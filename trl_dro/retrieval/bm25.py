@@ -111,7 +111,8 @@ class BM25Retriever:
             `list[list[Document]]`: for each query, its `k` best passages, best first, with their `score`.
 
         Raises:
-            `ValueError`: `k` is out of range, or nothing is indexed yet.
+            `DatasetError`: `k` is out of range.
+            `ValueError`: nothing is indexed yet.
         """
         corpus = require_corpus(self.corpus, k)
         if not queries:

@@ -35,7 +35,7 @@ def require_corpus(corpus: Corpus | None, k: int) -> Corpus:
     if corpus is None:
         raise ValueError("nothing is indexed yet; call index(corpus, folder) before search")
     if not 1 <= k <= len(corpus):
-        raise ValueError(
+        raise DatasetError(
             f"k={k} passages per query cannot be retrieved from a corpus of {len(corpus)}; "
             f"set k between 1 and {len(corpus)}, or give a larger corpus"
         )

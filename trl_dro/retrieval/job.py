@@ -20,7 +20,7 @@ from ..data.corpus import Corpus
 from ..data.schema import DatasetError, build_dataset, require_columns
 from ..data.storage import DEFAULT_CACHE_DIR, content_key, locked, whole_folder
 from ..metrics.text import has_answer
-from .interface import Retriever, query_text
+from .interface import Retriever, query_text, require_corpus
 
 
 REPORT = "retrieval.json"
@@ -99,8 +99,8 @@ def retrieve_to_folder(
         settings, Recall@1/3/5/20 of the retriever, and the seconds the search took.
 
     Raises:
-        `DatasetError`: a column is missing, or `output_dir` holds something else.
-        `ValueError`: the retriever has fewer than `k` documents.
+        `DatasetError`: a column is missing, the corpus has fewer than `k` passages, or `output_dir` holds something
+            else.
 
     Example:
     ```python
@@ -111,6 +111,8 @@ def retrieve_to_folder(
     require_columns(questions, ("question", "answers"), "questions")
     if len(questions) == 0:
         raise DatasetError("questions has no rows; check the file, split or filter it came from")
+    if corpus is not None:
+        require_corpus(corpus, k)
     settings = {"k": k, "corpus": corpus.fingerprint if corpus else None, **retriever.settings}
     key = content_key(VERSION, settings, _questions_key(questions))
     folder = Path(output_dir) / split
