@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """
-Throughput and memory of BM25 retrieval by size of the corpus: reading the file, indexing, searching the top 20. Each
-size runs in a process of its own, whose peak memory is the one reported, pages of memory-mapped files included.
+Throughput and memory of BM25 retrieval by size of the corpus: passages read and indexed per second, seconds to open
+the index, questions per second for their top 20, peak memory up to the index and with searching, and disk. Each size
+runs in a process of its own, whose peak memory is the one reported, pages of memory-mapped files included.
 
 The corpus has passages of 100 words: those of a file, repeated with every fifth word exchanged for another, or words
 drawn by Zipf's law. The questions are those of a file, or eight words of a passage.
@@ -92,16 +93,7 @@ def main() -> None:
         return
 
     table = Table(title="BM25, passages of 100 words", title_justify="left")
-    for heading in (
-        "passages",
-        "read, passages/s",
-        "index, passages/s",
-        "open, s",
-        f"search top {K}, questions/s",
-        "peak memory of index, GiB",
-        "with search, GiB",
-        "on disk, GiB",
-    ):
+    for heading in ("passages", "read/s", "index/s", "open, s", "questions/s", "peak GiB", "+ search", "disk GiB"):
         table.add_column(heading, justify="right")
     results = {}
     for size in args.sizes:

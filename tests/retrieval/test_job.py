@@ -182,6 +182,29 @@ def test_supporting_passages_are_counted_where_they_are_known():
     }
 
 
+def test_positive_ids_of_another_corpus_are_not_reported(job, tmp_path):
+    rows = [row | {"positive_ids": ["elsewhere"]} for row in questions_of(50).to_list()]
+    assert job(questions=Dataset.from_list(rows))["positive_ids"][0] == ["elsewhere"]
+    assert list(read_report(tmp_path / "out" / "train")["recall"]) == ["contains an answer"]
+
+
+def test_a_kill_between_the_result_and_the_names_of_the_splits_is_mended(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_dro.retrieval.job._name_splits", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        job()
+    monkeypatch.undo()
+    job(Counting(fail_after=0))
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["dataset_dict.json", "train"]
+
+
+@pytest.mark.parametrize("change", [{"question": " "}, {"answers": []}])
+def test_bad_question_is_refused_before_indexing(job, change, tmp_path):
+    questions = Dataset.from_list([*questions_of(3).to_list(), questions_of(1)[0] | change])
+    with pytest.raises(DatasetError, match="questions, row 3, column"):
+        job(questions=questions)
+    assert not (tmp_path / "cache" / "indexes").exists()
+
+
 def test_what_something_else_wrote_is_not_replaced(job, tmp_path):
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "thesis.txt").write_text("years of work")
