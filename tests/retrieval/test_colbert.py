@@ -110,3 +110,25 @@ def test_other_weights_have_another_key(checkpoint, tmp_path):
     changed = shutil.copytree(checkpoint, tmp_path / "changed")
     (changed / "config.json").write_text((changed / "config.json").read_text() + " ")
     assert ColBERTRetriever(str(changed)).settings != ColBERTRetriever(str(checkpoint)).settings
+
+
+def test_indexing_that_was_killed_goes_on(retriever, checkpoint, corpus, tmp_path, monkeypatch):
+    from colbert.indexing.collection_indexer import CollectionIndexer
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    trained = []
+    train = CollectionIndexer.train
+    monkeypatch.setattr(CollectionIndexer, "train", lambda *args: trained.append(1) or train(*args))
+    for stage in ("train", "finalize", None):
+        with monkeypatch.context() as patch:
+            again = ColBERTRetriever(str(checkpoint))
+            if stage is None:
+                again.index(corpus, tmp_path)
+            else:
+                patch.setattr(CollectionIndexer, stage, killed)
+                with pytest.raises(KeyboardInterrupt):
+                    again.index(corpus, tmp_path)
+    assert len(trained) == 1  # for the second call; the third finds the centroids
+    assert again.search(["ba be bi"], k=10) == retriever.search(["ba be bi"], k=10)
