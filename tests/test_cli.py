@@ -62,7 +62,7 @@ def test_settings_can_stand_in_a_yaml_file_and_be_overridden(run, files):
     dataset = load_from_disk(run("--config", files / "settings.yaml", "--k", 4) / "validation")
     assert all(len(row["documents"]) == 4 for row in dataset)
     report = json.loads((files / "out" / "validation" / "retrieval.json").read_text())
-    assert report["settings"]["b"] == 0.5
+    assert report["settings"]["retriever"]["b"] == 0.5
 
 
 def test_second_call_searches_nothing_and_prints_the_same(run, capsys, monkeypatch):

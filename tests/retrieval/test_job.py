@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from trl_dro.data import Corpus, DatasetError, open_corpus, read_questions, validate_dataset
 from trl_dro.metrics import recall_at_k
@@ -153,6 +153,12 @@ def test_splits_of_a_folder_load_together(job, tmp_path):
     job(split="dev", questions=questions_of(7))
     loaded = load_from_disk(tmp_path / "out")
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 50, "dev": 7}
+
+
+def test_splits_that_were_saved_by_other_means_stay_listed(job, tmp_path):
+    DatasetDict(test=questions_of(2)).save_to_disk(tmp_path / "out")
+    job()
+    assert set(load_from_disk(tmp_path / "out")) == {"test", "train"}
 
 
 def test_recall_is_stored_and_equals_the_metric(job, tmp_path):

@@ -235,7 +235,7 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
         raise DatasetError("there are no records to build a dataset from; check the file or filter they come from")
     is_chat = isinstance(chunk[0]["question"], list)
     document = {"id": Value("string"), "title": Value("string"), "text": Value("string")}
-    if "rank" in (chunk[0].get("documents") or [{}])[0]:
+    if any("rank" in candidate for record in chunk for candidate in record.get("documents") or []):
         document |= {"score": Value("float32"), "rank": Value("int32")}
     features = Features(
         {

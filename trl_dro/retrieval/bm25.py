@@ -20,6 +20,7 @@ from .interface import require_corpus
 
 
 PASSAGES_PER_CHUNK = 5000
+VERSION = 1  # raised when the same corpus would get other scores
 
 
 class BM25Retriever:
@@ -78,7 +79,7 @@ class BM25Retriever:
     @property
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on, besides the corpus."""
-        return {"retriever": "bm25", "k1": self.k1, "b": self.b}
+        return {"name": "bm25", "version": VERSION, "k1": self.k1, "b": self.b}
 
     def index(self, corpus: Corpus, folder: str | os.PathLike) -> None:
         """Indexes a corpus, or opens its index where there is one with the same content and settings.
@@ -117,11 +118,11 @@ class BM25Retriever:
         corpus = require_corpus(self.corpus, k)
         if not queries:
             return []
+        starts = np.cumsum([0] + [shard.scores["num_docs"] for shard in self.shards])[:-1]
         positions, scores = [], []
         for words in bm25s.tokenization.convert_tokenized_to_string_list(_tokenize(queries)):
             found = [_best(shard.get_scores(words or [""]), k) for shard in self.shards]
-            starts = np.cumsum([0] + [shard.scores["num_docs"] for shard in self.shards])
-            of_shards = np.concatenate([start + best for start, (best, _) in zip(starts, found, strict=False)])
+            of_shards = np.concatenate([start + best for start, (best, _) in zip(starts, found, strict=True)])
             scores_of_shards = np.concatenate([values for _, values in found])
             order = np.lexsort((of_shards, -scores_of_shards))[:k]
             positions.append(of_shards[order].tolist())
@@ -138,8 +139,9 @@ class BM25Retriever:
             for path, start in zip(paths, starts, strict=True):
                 stop = min(start + self.shard_size, len(corpus))
                 if path.is_file():
-                    for word in str(np.load(path)["new_words"]).split():
-                        vocabulary[word] = len(vocabulary)
+                    with np.load(path) as counts:
+                        for word in str(counts["new_words"]).split():
+                            vocabulary[word] = len(vocabulary)
                     progress.update(stop - start)
                 else:
                     temporary = path.with_suffix(".tmp.npz")
@@ -167,7 +169,7 @@ class BM25Retriever:
         lengths, passages, times = counts["lengths"], counts["passages"], counts["times"].astype(np.float32)
         frequencies = np.zeros(len(idf), dtype=np.int64)
         frequencies[: len(counts["frequencies"])] = counts["frequencies"]
-        # An empty corpus has no words, but a corpus of stop words only has none either.
+        # Of a corpus of stop words, no words are left.
         discounts = (self.k1 * (1 - self.b + self.b * lengths / max(mean_length, 1e-9))).astype(np.float32)
         shard = bm25s.BM25(k1=self.k1, b=self.b)
         shard.vocab_dict = {}

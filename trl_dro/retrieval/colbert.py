@@ -67,7 +67,7 @@ class ColBERTRetriever:
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on, besides the corpus."""
         return {
-            "retriever": "colbert",
+            "name": "colbert",
             "checkpoint": self.checkpoint_key,
             "document_length": self.document_length,
             "query_length": self.query_length,

@@ -73,7 +73,7 @@ class DenseRetriever:
     @property
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on, besides the corpus."""
-        return {"retriever": "dense", "checkpoint": self.checkpoint_key, "factory": self.factory}
+        return {"name": "dense", "checkpoint": self.checkpoint_key, "factory": self.factory}
 
     def index(self, corpus: Corpus, folder: str | os.PathLike) -> None:
         """Indexes a corpus, or opens its index; see [`BM25Retriever.index`]."""

@@ -68,7 +68,7 @@ class HybridRetriever:
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on, besides the corpus."""
         parts = [retriever.settings for retriever in self.retrievers]
-        return {"retriever": "hybrid", "parts": parts, "depth": self.depth, "constant": self.constant}
+        return {"name": "hybrid", "parts": parts, "depth": self.depth, "constant": self.constant}
 
     def index(self, corpus: Corpus, folder: str | os.PathLike) -> None:
         """Indexes a corpus with each retriever; see [`BM25Retriever.index`]. Indexes are shared with theirs alone."""
@@ -112,7 +112,7 @@ class PrecomputedRetriever:
     def settings(self) -> dict[str, Any]:
         """What the ranking depends on: the candidates."""
         batches = self.records.select_columns(["documents"]).iter(1000)
-        return {"retriever": "precomputed", "candidates": content_key([content_key(batch) for batch in batches])}
+        return {"name": "precomputed", "candidates": content_key([content_key(batch) for batch in batches])}
 
     def index(self, corpus: Corpus, folder: str | os.PathLike) -> None:
         """Does nothing: the candidates need no index."""

@@ -114,7 +114,7 @@ def retrieve_to_folder(
         raise DatasetError("questions has no rows; check the file, split or filter it came from")
     if corpus is not None:
         require_corpus(corpus, k)
-    settings = {"k": k, "corpus": corpus.fingerprint if corpus else None, **retriever.settings}
+    settings = {"k": k, "corpus": corpus.fingerprint if corpus else None, "retriever": retriever.settings}
     key = content_key(VERSION, settings, _questions_key(questions))
     folder = Path(output_dir) / split
     partial = folder.with_name(f".{split}-{key}.partial")
@@ -184,7 +184,8 @@ def _search(
     starts = range(0, len(questions), shard_size)
     shards = [partial / f"shard-{shard_size}-{start // shard_size:05d}" for start in starts]
     todo = [(start, shard) for start, shard in zip(starts, shards, strict=True) if not shard.is_dir()]
-    num_done = (len(shards) - len(todo)) * shard_size
+    num_todo = sum(min(shard_size, len(questions) - start) for start, _ in todo)
+    num_done = len(questions) - num_todo
     with tqdm(total=len(questions), initial=num_done, desc=f"Retrieving top {k}", unit="question") as progress:
         for start, shard in todo:
             stop = min(start + shard_size, len(questions))
@@ -277,10 +278,13 @@ def _questions_key(questions: Dataset) -> str:
 
 def _name_splits(output_dir: Path) -> None:
     """Lists the splits where `load_from_disk` looks for them."""
-    splits = sorted(path.parent.name for path in output_dir.glob(f"[!.]*/{REPORT}"))
-    temporary = output_dir / ".dataset_dict.json.tmp"
-    _write_json(temporary, {"splits": splits})
-    temporary.rename(output_dir / "dataset_dict.json")
+    path = output_dir / "dataset_dict.json"
+    # Splits that were saved here by other means stay listed.
+    splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else []
+    splits += [report.parent.name for report in output_dir.glob(f"[!.]*/{REPORT}")]
+    temporary = path.with_suffix(".tmp")
+    _write_json(temporary, {"splits": sorted(set(splits))})
+    temporary.rename(path)
 
 
 def _write_json(path: Path, value: Any) -> None:
