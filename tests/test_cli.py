@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from trl_dro.cli import main
 from trl_dro.data import load_records, validate_dataset
@@ -84,6 +84,15 @@ def test_paragraphs_of_a_benchmark_need_no_corpus(run, shared_data, files, monke
     assert [len(row["documents"]) for row in dataset] == [10] * 100
     report = json.loads((files / "out" / "dev" / "retrieval.json").read_text())
     assert report["recall"]["is a supporting passage"]["10"] == 1.0
+
+
+def test_result_is_pushed_where_it_is_asked_for(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Dataset, "push_to_hub", lambda dataset, name, split: pushed.append((len(dataset), name, split))
+    )
+    run("--k", 2, "--split", "dev", "--push_to_hub", "org/nq-top2")
+    assert pushed == [(6, "org/nq-top2", "dev")]
 
 
 def test_folder_of_documents_is_a_corpus(run, files):

@@ -121,7 +121,7 @@ def test_k_out_of_range_is_refused(model, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_recall_on_real_questions_is_plausible_and_hybrid_is_not_worse(model, shared_data, tmp_path):
+def test_recall_on_real_questions_is_plausible_and_hybrid_is_not_below_both(model, shared_data, tmp_path):
     """On the passages that BM25 finds for a hundred questions, as encoding the whole sample takes minutes."""
     bm25 = BM25Retriever(read_corpus(shared_data / "nq" / "corpus.jsonl"), show_progress=False)
     questions = read_questions(shared_data / "nq" / "dev.jsonl").select(range(100))

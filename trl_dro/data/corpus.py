@@ -2,6 +2,7 @@
 """Passages to retrieve from: readers of every form they come in, and a memory-mapped copy with a content key."""
 
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -138,12 +139,20 @@ def open_corpus(
     folder = Path(cache_dir) / "corpora" / fingerprint
     with build_once(folder) as partial:
         if partial is not None:
-            passages = source.passages(show_progress)
-            # pyarrow's stream format is the one that datasets maps into memory.
-            with pa.OSFile(str(partial / "passages.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-                while batch := list(islice(passages, PASSAGES_PER_BATCH)):
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+            try:
+                _write(source.passages(show_progress), partial / "passages.arrow")
+            except DatasetError:
+                # Mended, the corpus gets another fingerprint: nobody would come back for what is written.
+                shutil.rmtree(partial)
+                raise
     return Corpus(Dataset.from_file(str(folder / "passages.arrow")), fingerprint)
+
+
+def _write(passages: Iterator[Document], path: Path) -> None:
+    # pyarrow's stream format is the one that datasets maps into memory.
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        while batch := list(islice(passages, PASSAGES_PER_BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
 
 
 class _Source:
