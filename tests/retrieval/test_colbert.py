@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from trl_dro.data import Corpus
+from trl_dro.data import Corpus, DatasetError
 from trl_dro.retrieval import ColBERTRetriever
 from trl_dro.retrieval.colbert import prepare_colbert
 
@@ -102,6 +102,11 @@ def test_the_shim_can_be_applied_twice(checkpoint):
     prepare_colbert()
     prepare_colbert()
     assert ColBERTRetriever(str(checkpoint)).settings["checkpoint"]
+
+
+def test_plain_bert_is_refused(checkpoint):
+    with pytest.raises(DatasetError, match=r"has no artifact\.metadata"):
+        ColBERTRetriever(str(checkpoint.parent / "bert"))
 
 
 def test_other_weights_have_another_key(checkpoint, tmp_path):

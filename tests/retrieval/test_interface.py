@@ -27,6 +27,11 @@ def test_checkpoint_that_is_nowhere_is_refused():
     assert "\n" not in str(info.value)
 
 
+def test_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="has no config.json"):
+        checkpoint_key(str(tmp_path))
+
+
 def test_dialogue_is_queried_with_one_turn_per_line():
     turns = [{"role": "user", "content": "bees?"}, {"role": "assistant", "content": "yes"}]
     assert query_text(turns) == "bees?\nyes"

@@ -59,7 +59,8 @@ class ColBERTRetriever:
         self.document_length = document_length
         self.query_length = query_length
         self.nbits = nbits
-        self.checkpoint_key = checkpoint_key(model)
+        # A plain BERT would be taken, with a projection drawn anew at every load.
+        self.checkpoint_key = checkpoint_key(model, "artifact.metadata")
         self.corpus: Corpus | None = None
         self.searcher: Any = None
 

@@ -47,20 +47,24 @@ def query_text(question: str | list[Message]) -> str:
     return question if isinstance(question, str) else "\n".join(message["content"] for message in question)
 
 
-def checkpoint_key(name_or_path: str) -> str:
+def checkpoint_key(name_or_path: str, file: str = "config.json") -> str:
     """
     Key of a checkpoint: the content of its files where it is a folder, the commit where it is on the Hub, so that an
-    index made with other weights is never reused.
+    index made with other weights is never reused. `file` is one that checkpoints of this kind have.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
+        if not (folder / file).is_file():
+            raise DatasetError(
+                f"folder {folder} is no such retrieval model, as it has no {file}; give one that was saved whole"
+            )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return content_key([(path.relative_to(folder).as_posix(), file_key(path)) for path in files])
     try:
-        config = hf_hub_download(name_or_path, "config.json")
+        downloaded = hf_hub_download(name_or_path, file)
     except (OSError, ValueError) as error:
         raise DatasetError(
             f"retrieval model {name_or_path!r} is no folder here, and the Hub did not give it "
             f"({first_line(error)}); check the name and the network, or give the path of a downloaded folder"
         ) from error
-    return Path(config).parent.name  # snapshots/COMMIT/config.json
+    return Path(downloaded).parent.name  # snapshots/COMMIT/file
