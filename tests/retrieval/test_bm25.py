@@ -1,8 +1,21 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import math
+import random
+import re
+from collections import Counter
+
+import bm25s
 import pytest
 from datasets import Dataset
 
-from trl_dro.data import DatasetError, build_dataset, read_corpus, read_questions, validate_dataset
+from trl_dro.data import (
+    Corpus,
+    DatasetError,
+    build_dataset,
+    read_corpus,
+    read_questions,
+    validate_dataset,
+)
 from trl_dro.metrics import recall_at_k
 from trl_dro.retrieval import BM25Retriever, retrieve_candidates
 
@@ -93,6 +106,124 @@ def test_wrongly_named_column_is_refused_with_the_renaming(retriever):
     questions = Dataset.from_list([{"question": "who?", "golden_answers": ["she"]}])
     with pytest.raises(DatasetError, match=r'rename_column\("golden_answers", "answers"\)'):
         retrieve_candidates(questions, retriever, k=2)
+
+
+WORDS = [f"z{first}{second}{third}" for first in "bdfgk" for second in "aeiou" for third in "prst"]
+
+
+@pytest.fixture(scope="module")
+def random_corpus():
+    """200 passages of 5 to 30 words, of which some are frequent."""
+    rng = random.Random(0)
+    weights = [1 / rank for rank in range(1, len(WORDS) + 1)]
+    texts = [" ".join(rng.choices(WORDS, weights, k=rng.randint(5, 30))) for _ in range(200)]
+    return Corpus.from_documents([{"id": f"p{n}", "title": "", "text": text} for n, text in enumerate(texts)])
+
+
+def random_queries(size):
+    rng = random.Random(1)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(size)]
+
+
+def lucene_scores(texts, query, k1, b):
+    """BM25 as its formula says, word by word."""
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    mean_length = sum(map(len, words)) / len(words)
+    scores = [0.0] * len(texts)
+    for word in query.split():
+        frequency = sum(word in of_text for of_text in words)
+        idf = math.log(1 + (len(texts) - frequency + 0.5) / (frequency + 0.5))
+        for position, of_text in enumerate(words):
+            times = Counter(of_text)[word]
+            scores[position] += idf * times / (times + k1 * (1 - b + b * len(of_text) / mean_length))
+    return scores
+
+
+@pytest.mark.parametrize("shard_size", [1000, 64, 7])
+def test_scores_and_order_are_those_of_the_formula_whatever_the_shards(shard_size, random_corpus, tmp_path):
+    retriever = BM25Retriever(k1=1.2, b=0.6, shard_size=shard_size, show_progress=False)
+    retriever.index(random_corpus, tmp_path)
+    texts = [passage["text"] for passage in random_corpus.documents(range(200))]
+    queries = random_queries(30)
+    for query, ranking in zip(queries, retriever.search(queries, k=20), strict=True):
+        scores = lucene_scores(texts, query, k1=1.2, b=0.6)
+        assert [row["score"] for row in ranking] == pytest.approx(sorted(scores, reverse=True)[:20], rel=1e-5)
+        for row in ranking:
+            assert row["score"] == pytest.approx(scores[int(row["id"][1:])], rel=1e-5)
+
+
+def test_scores_are_those_of_bm25s(random_corpus, tmp_path):
+    retriever = BM25Retriever(shard_size=64, show_progress=False)
+    retriever.index(random_corpus, tmp_path)
+    library = bm25s.BM25(k1=1.5, b=0.75)
+    library.index(bm25s.tokenize(random_corpus.texts(0, 200), show_progress=False), show_progress=False)
+    for query in random_queries(20):
+        found = library.retrieve(bm25s.tokenize([query], show_progress=False), k=10, show_progress=False)
+        [ranking] = retriever.search([query], k=10)
+        assert [row["score"] for row in ranking] == pytest.approx(found.scores[0].tolist(), rel=1e-5)
+
+
+def test_equal_scores_are_ranked_by_position_whatever_the_shards(tmp_path):
+    corpus = Corpus.from_documents([{"id": str(n), "text": "same words" if n % 3 else "others"} for n in range(50)])
+    for shard_size in (100, 8):
+        retriever = BM25Retriever(shard_size=shard_size, show_progress=False)
+        retriever.index(corpus, tmp_path / str(shard_size))
+        [ranking] = retriever.search(["same"], k=6)
+        assert [row["id"] for row in ranking] == ["1", "2", "4", "5", "7", "8"]
+        [ranking] = retriever.search(["nothing"], k=3)
+        assert [row["id"] for row in ranking] == ["0", "1", "2"]
+
+
+def test_an_index_loaded_from_disk_answers_as_the_one_that_was_built(random_corpus, tmp_path):
+    built = BM25Retriever(shard_size=64, show_progress=False)
+    built.index(random_corpus, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    loaded = BM25Retriever(show_progress=False)
+    loaded.index(random_corpus, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == files and files
+    assert loaded.search(random_queries(20), k=10) == built.search(random_queries(20), k=10)
+
+
+def test_indexes_of_other_settings_and_corpora_lie_side_by_side(random_corpus, tmp_path):
+    changed = Corpus.from_documents(random_corpus.documents(range(1, 200)))
+    for corpus, settings in ((random_corpus, {}), (random_corpus, {"b": 0.1}), (changed, {})):
+        BM25Retriever(show_progress=False, **settings).index(corpus, tmp_path)
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
+
+
+def test_indexing_that_was_killed_goes_on_at_its_shard(random_corpus, tmp_path, monkeypatch):
+    whole = BM25Retriever(shard_size=50, show_progress=False)
+    whole.index(random_corpus, tmp_path / "whole")
+    texts, read = Corpus.texts, []
+
+    def killed_at_120(corpus, start, stop):
+        if start >= 100 and not read:
+            raise KeyboardInterrupt
+        return texts(corpus, start, stop)
+
+    monkeypatch.setattr(Corpus, "texts", killed_at_120)
+    retriever = BM25Retriever(shard_size=50, show_progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.index(random_corpus, tmp_path / "killed")
+
+    def counted(corpus, start, stop):
+        read.append(start)
+        return texts(corpus, start, stop)
+
+    monkeypatch.setattr(Corpus, "texts", counted)
+    retriever.index(random_corpus, tmp_path / "killed")
+    assert read == [100, 150]
+    assert retriever.search(random_queries(20), k=10) == whole.search(random_queries(20), k=10)
+
+
+def test_search_before_index_is_refused():
+    with pytest.raises(ValueError, match="call index"):
+        BM25Retriever().search(["fox"], k=1)
+
+
+def test_corpus_of_stop_words_is_searched(tmp_path):
+    retriever = BM25Retriever([{"id": "a", "text": "the of"}, {"id": "b", "text": "and"}], show_progress=False)
+    assert [row["id"] for row in retriever.search(["the fox"], k=2)[0]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])

@@ -5,7 +5,7 @@
 |---|---|---|
 | `question` | string, or a list of `{role, content}` messages that ends with the user's | what is asked |
 | `answers` | non-empty list of strings | gold answers; the first is the training target |
-| `documents` | list of `{id?, title?, text}` | the candidates, in retrieval order |
+| `documents` | list of `{id?, title?, text, score?, rank?}` | the candidates, in retrieval order; ranks count from 1 |
 | `positive_ids` | list of strings, *optional* | ids of the documents known to be relevant, retrieved or not |
 
 Other columns (an `id`, say) are left alone.
@@ -35,6 +35,8 @@ class Document(TypedDict):
     id: NotRequired[str | None]
     title: NotRequired[str | None]
     text: str
+    score: NotRequired[float | None]
+    rank: NotRequired[int | None]
 
 
 class Record(TypedDict):
@@ -232,12 +234,15 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
     if not chunk:
         raise DatasetError("there are no records to build a dataset from; check the file or filter they come from")
     is_chat = isinstance(chunk[0]["question"], list)
+    document = {"id": Value("string"), "title": Value("string"), "text": Value("string")}
+    if any("rank" in candidate for record in chunk for candidate in record.get("documents") or []):
+        document |= {"score": Value("float32"), "rank": Value("int32")}
     features = Features(
         {
             "id": Value("string"),
             "question": List({"role": Value("string"), "content": Value("string")}) if is_chat else Value("string"),
             "answers": List(Value("string")),
-            "documents": List({"id": Value("string"), "title": Value("string"), "text": Value("string")}),
+            "documents": List(document),
             "positive_ids": List(Value("string")),
         }
     )

@@ -1,0 +1,154 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+from trl_dro.cli import main
+from trl_dro.data import load_records, validate_dataset
+from trl_dro.retrieval import BM25Retriever
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six questions and thirty passages, the first six of which hold the answers."""
+    questions = [{"id": f"q{i}", "question": f"who wrote book {i}", "golden_answers": [f"Anna {i}"]} for i in range(6)]
+    corpus = [
+        {"id": f"p{i}", "title": f"Book {i}", "text": f"The book {i} was written by Anna {i}."} for i in range(30)
+    ]
+    for name, rows in (("questions", questions), ("corpus", corpus)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def run(files, monkeypatch):
+    """Runs `trl-dro retrieve`."""
+
+    def run(*arguments, output="out", corpus="corpus.jsonl", questions="questions.jsonl"):
+        arguments = ["--questions", files / questions, "--output_dir", files / output, *arguments]
+        arguments += ["--cache_dir", files / "cache"]
+        if corpus:
+            arguments += ["--corpus", files / corpus]
+        monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", *map(str, arguments)])
+        main()
+        return files / output
+
+    return run
+
+
+def refused(run, capsys, *arguments, **settings):
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as info:
+        run(*arguments, **settings)
+    assert "\n" not in str(info.value.code)
+    return str(info.value.code)
+
+
+def test_files_give_a_dataset_for_training_and_a_table_of_recall(run, capsys):
+    folder = run("--k", 5, "--split", "dev")
+    dataset = load_records(folder, "dev")
+    validate_dataset(dataset, num_selected=5)
+    assert dataset["id"][:] == [f"q{i}" for i in range(6)]
+    assert [row["documents"][0]["id"] for row in dataset] == [f"p{i}" for i in range(6)]
+    shown = capsys.readouterr().out
+    assert "Recall@1, %" in shown and "100.0" in shown and "6 questions with their top 5" in shown
+
+
+def test_settings_can_stand_in_a_yaml_file_and_be_overridden(run, files):
+    (files / "settings.yaml").write_text("k: 7\nb: 0.5\nsplit: validation\n")
+    dataset = load_from_disk(run("--config", files / "settings.yaml", "--k", 4) / "validation")
+    assert all(len(row["documents"]) == 4 for row in dataset)
+    report = json.loads((files / "out" / "validation" / "retrieval.json").read_text())
+    assert report["settings"]["retriever"]["b"] == 0.5
+
+
+def test_second_call_searches_nothing_and_prints_the_same(run, capsys, monkeypatch):
+    run("--k", 5)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(BM25Retriever, "search", None)
+    run("--k", 5)
+    assert capsys.readouterr().out == first
+
+
+def test_paragraphs_of_a_benchmark_need_no_corpus(run, shared_data, files, monkeypatch):
+    source = shared_data / "raw" / "hotpotqa.json"
+    arguments = ["--questions", "hotpotqa", "--split", "dev", "--source", source, "--output_dir", files / "out"]
+    monkeypatch.setattr(
+        sys, "argv", ["trl-dro", "retrieve", *map(str, arguments), "--retriever", "precomputed", "--k", "10"]
+    )
+    main()
+    dataset = load_records(files / "out", "dev")
+    assert [len(row["documents"]) for row in dataset] == [10] * 100
+    report = json.loads((files / "out" / "dev" / "retrieval.json").read_text())
+    assert report["recall"]["is a supporting passage"]["10"] == 1.0
+
+
+def test_result_is_pushed_where_it_is_asked_for(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Dataset, "push_to_hub", lambda dataset, name, split: pushed.append((len(dataset), name, split))
+    )
+    run("--k", 2, "--split", "dev", "--push_to_hub", "org/nq-top2")
+    assert pushed == [(6, "org/nq-top2", "dev")]
+
+
+def test_folder_of_documents_is_a_corpus(run, files):
+    (files / "documents").mkdir()
+    for number in range(6):
+        (files / "documents" / f"book{number}.txt").write_text(f"Book {number} was written by Anna {number}.")
+    dataset = load_from_disk(run("--k", 2, corpus="documents") / "train")
+    assert [row["documents"][0]["id"] for row in dataset] == [f"book{i}.txt#0" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, parts",
+    [
+        (["--retriever", "bm26"], {}, ["--retriever bm26", "bm25, dense, colbert, precomputed"]),
+        (["--retriever", "bm25", "bm25"], {}, ["name each retriever once"]),
+        ([], {"corpus": None}, ["needs a corpus", "--corpus FILE"]),
+        (["--retriever", "precomputed"], {}, ["leave out --corpus"]),
+        (["--k", "0"], {}, ["--k 0"]),
+        (["--k", "31"], {}, ["k=31", "corpus of 30"]),
+        ([], {"corpus": "absent.jsonl"}, ["absent.jsonl", "no such file"]),
+        (["--source", "x.json"], {}, ["--source belongs to a benchmark"]),
+    ],
+)
+def test_mistakes_end_in_one_line_that_tells_the_cure(run, capsys, arguments, settings, parts):
+    message = refused(run, capsys, *arguments, **settings)
+    assert message.startswith("trl-dro retrieve: ")
+    for part in parts:
+        assert part in message
+
+
+def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
+    with open(files / "corpus.jsonl", "a") as file:
+        file.write('{"id": "p3", "text": "again"}\n')
+    message = refused(run, capsys)
+    assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
+
+
+def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "retreive"])
+    with pytest.raises(SystemExit, match="no command 'retreive'\nusage: trl-dro {retrieve}"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["trl-dro"])
+    main()
+    assert "usage: trl-dro {retrieve}" in capsys.readouterr().out
+
+
+def test_every_setting_is_in_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    for flag in ("--questions", "--corpus", "--retriever", "--k", "--output_dir", "--source", "--push_to_hub"):
+        assert flag in shown
+
+
+def test_the_command_line_does_not_import_torch():
+    # It takes seconds, and a call that finds its result in the cache needs none of it.
+    code = "import sys, trl_dro.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,136 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Lines of plain or gzipped text files and what they hold, with the place of each for error messages."""
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .schema import DatasetError
+
+
+# A text longer than Python's limit of 128 KiB for one field is not an error here.
+csv.field_size_limit(2**31 - 1)
+
+
+def require_file(path: str | os.PathLike) -> None:
+    """Raises a [`DatasetError`] unless there is a file at `path`."""
+    if not os.path.isfile(path):
+        raise DatasetError(f"{os.fspath(path)}: there is no such file; check the path")
+
+
+def read_lines(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[int, str]]:
+    """
+    Yields the number, from 1, and the text of each line of a UTF-8 file, unpacked if its name ends in `.gz`.
+
+    Args:
+        path (`str` or `os.PathLike`): file to read.
+        show_progress (`bool`, *optional*, defaults to `False`): whether to show how much of the file is read.
+
+    Raises:
+        `DatasetError`: the file is missing, its compression is broken, or a line is not UTF-8.
+    """
+    require_file(path)
+    name = os.fspath(path)
+    number = 0
+    with (
+        open(path, "rb") as raw,
+        tqdm(
+            total=os.path.getsize(path),
+            desc=f"Reading {os.path.basename(name)}",
+            unit="B",
+            unit_scale=True,
+            disable=not show_progress,
+        ) as progress,
+    ):
+        file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+        try:
+            for number, line in enumerate(file, start=1):
+                try:
+                    # Decoded line by line, so that an error has a line number; "-sig" drops the byte order mark.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DatasetError(
+                        f"{name}, line {number}: is not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+                    ) from None
+                yield number, text
+                if number % 1000 == 0:
+                    progress.update(raw.tell() - progress.n)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DatasetError(
+                f"{name}, line {number + 1}: the gzip data is broken ({error}); download or compress the file again"
+            ) from None
+        progress.update(raw.tell() - progress.n)
+
+
+def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place (`"FILE, line N"`) and the object of each line of a JSON Lines file that is not blank."""
+    is_empty = True
+    for number, text in read_lines(path, show_progress):
+        if not text.strip():
+            continue
+        is_empty = False
+        where = f"{os.fspath(path)}, line {number}"
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DatasetError(
+                f"{where}: is not valid JSON ({error.msg} at character {error.pos}); write one object per line, "
+                "and if this is the last line, the file was cut short: copy it again"
+            ) from None
+        if not isinstance(row, dict):
+            raise DatasetError(f"{where}: is a {type(row).__name__}, not an object; write one object per line")
+        yield where, row
+    if is_empty:
+        raise DatasetError(f"{os.fspath(path)}: is empty; write one JSON object per line")
+
+
+def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place and the columns of each row of a file of tab-separated values whose first line names them."""
+    reader = csv.reader((text for _, text in read_lines(path, show_progress)), delimiter="\t")
+    columns = next(reader, [])
+    is_empty = True
+    while True:
+        where = f"{os.fspath(path)}, line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DatasetError(f"{where}: cannot be read as tab-separated values ({error}); mend the line") from None
+        if row is None:
+            break
+        if not row:
+            continue
+        is_empty = False
+        if len(row) != len(columns):
+            raise DatasetError(
+                f"{where}: has {len(row)} columns, but the first line has {len(columns)} "
+                f"({', '.join(map(repr, columns))}); quote tabs, line breaks and leading quotes in a text"
+            )
+        yield where, dict(zip(columns, row, strict=True))
+    if is_empty:
+        raise DatasetError(
+            f"{os.fspath(path)}: is empty; write the names of the columns in the first line, then one row per line"
+        )
+
+
+def require_key(row: dict[str, Any], key: str, where: str) -> None:
+    """Raises a [`DatasetError`] that lists the keys of an object which lacks one."""
+    if key not in row:
+        raise DatasetError(f"{where}: has no key {key}, only {', '.join(map(repr, row))}; add it or rename yours")
+
+
+def as_identifier(value: Any, where: str) -> str:
+    """An id as a string; whole numbers are taken too."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DatasetError(f"{where}, key id: must be a string or a whole number, not {value!r}; write one")
+    return str(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for a one-line message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

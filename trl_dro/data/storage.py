@@ -1,0 +1,73 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Folders named by what they were made from, that are whole or not there."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HOME
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_DIR = Path(HF_HOME) / "trl_dro"
+
+
+def content_key(*parts: Any) -> str:
+    """Key of values that JSON can hold: equal values give equal keys, on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def file_key(path: str | os.PathLike) -> str:
+    """Key of the bytes of a file, wherever it lies and whatever it is called."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, so that two processes never write one folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is making %s; waiting for it", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def build_once(folder: Path) -> Iterator[Path | None]:
+    """
+    Gives a folder to write into, which becomes `folder` when the block ends, or `None` where `folder` is there. What
+    a killed process wrote is still in it, for the block to continue.
+    """
+    with locked(folder):
+        if folder.is_dir():
+            yield None
+        else:
+            partial = folder.with_name(folder.name + ".partial")
+            partial.mkdir(exist_ok=True)
+            yield partial
+            partial.rename(folder)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which becomes `folder` when the block ends."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.rename(folder)
