@@ -15,10 +15,10 @@ class PassageRecall(evaluate.Metric):
     """
     Recall@k of ranked documents, in two configurations:
 
-    | configuration | `documents` | `references` | a question scores |
+    | configuration | `documents` | `references` | score of a question |
     | --- | --- | --- | --- |
-    | `"answers"` (default) | texts | gold answers | 1 if one of the first k contains an answer: [`~metrics.recall_at_k`] |
-    | `"supporting_ids"` | ids | ids of relevant ones | their share among the first k: [`~metrics.recall_of_ids_at_k`] |
+    | `"answers"` (default) | texts | gold answers | 1 if one of the first k has an answer, [`~metrics.recall_at_k`] |
+    | `"supporting_ids"` | ids | ids of relevant ones | their share in the first k, [`~metrics.recall_of_ids_at_k`] |
 
     [`~evaluate.Metric.compute`] takes `documents` (`list[list[str]]`, in rank order), `references`
     (`list[list[str]]`), and optionally `ks` (`list[int]`, defaults to `[1, 3, 5]`) and `per_example=True`. It returns
@@ -52,7 +52,7 @@ class PassageRecall(evaluate.Metric):
 
     def _compute(self, documents, references, ks=(1, 3, 5), per_example=False):
         recall = recall_at_k if self.config_name == "answers" else recall_of_ids_at_k
-        results = {}
+        results: dict[str, float | list[float]] = {}
         for k in ks:
             scores = [recall(ranked, gold, k) for ranked, gold in zip(documents, references, strict=True)]
             results[f"recall@{k}"] = sum(scores) / len(scores)
