@@ -3,8 +3,10 @@
 
 from .dro_config import DROConfig
 from .dro_trainer import DROTrainer
+from .pipeline import RAGPipeline
+from .run_folder import LoadOptions
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DROConfig", "DROTrainer"]
+__all__ = ["DROConfig", "DROTrainer", "LoadOptions", "RAGPipeline"]

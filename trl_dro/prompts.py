@@ -102,7 +102,7 @@ class PromptBuilder:
         bodies = [document_body(document) for document in documents]
         encoded = self._encode_bodies(bodies)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        limit = max(lengths) if self.max_document_length is None else self.max_document_length
+        limit = max(lengths, default=0) if self.max_document_length is None else self.max_document_length
         prompt = self._encode_prompt(question, self._truncate(bodies, encoded, limit))
         # Tokens at a cut can merge with their neighbours, so the budget is met by trying, seldom more than twice.
         while self.max_length is not None and len(prompt) > self.max_length:

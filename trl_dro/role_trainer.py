@@ -25,6 +25,7 @@ from .checkpoint import (
 )
 from .dro_config import DROConfig
 from .logs import RunningMeans
+from .rag_config import RAGConfig
 from .roles import ROLES, Roles
 
 
@@ -230,15 +231,21 @@ class RoleTrainer(_BaseTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes `selector/` and `generator/`, each loadable on its own, the tokenizers and the training arguments."""
+        """
+        Writes `selector/` and `generator/`, each loadable on its own, the tokenizers, the training arguments and what
+        inference must know of them.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder)
+        if folder == Path(self.args.output_dir):  # once, beside the checkpoints
+            self.roles.save_unnamed_bases(folder)
         self.processing_class.save_pretrained(folder)
         for role in ROLES:
             self.tokenizers[role].save_pretrained(folder / role)
+        RAGConfig.of_training(self.args).save(folder)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -209,6 +209,25 @@ class Roles:
         else:
             self.model.save_pretrained(str(folder), selected_adapters=list(ROLES))
 
+    def save_unnamed_bases(self, folder: str | Path) -> None:
+        """
+        Writes `folder/base` (`folder/{role}/base` for two bases) if the adapters' base was made in memory: an adapter
+        is of no use without its base, and nobody else has it.
+        """
+        pairs = [(role, self.model.get_submodule(role)) for role in ROLES] if not self.shared else [("", self.model)]
+        for role, module in pairs:
+            if not isinstance(module, PeftModel):
+                continue
+            base: Any = module.get_base_model()
+            if base.config.name_or_path:
+                continue
+            own = {
+                name.replace(".base_layer.", "."): weight
+                for name, weight in base.state_dict().items()
+                if not set(name.split(".")) & set(ROLES)
+            }
+            base.save_pretrained(Path(folder) / role / "base", state_dict=own)
+
     def load(self, folder: str | Path) -> None:
         """
         Reads what [`~Roles.save`] wrote, into the parameters that are already there, so that an optimizer keeps them.
