@@ -304,3 +304,10 @@ def test_even_limit_is_the_largest_that_keeps_the_budget():
 def test_even_limit_of_nothing_is_nothing():
     assert even_limit([], 10) == 0
     assert even_limit([5, 7], -3) == 0
+
+
+def test_a_prompt_without_documents_has_the_question_alone():
+    tokenizer = TOKENIZERS["byte-level BPE, whole numbers"]()
+    for limit in (None, 5):
+        builder = PromptBuilder(tokenizer, "{documents}\nQuestion: {question}", 2, max_document_length=limit)
+        assert tokenizer.decode(builder("who?", [])).split() == ["Question:", "who?"]

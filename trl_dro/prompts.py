@@ -133,6 +133,8 @@ class PromptBuilder:
         )
 
     def _encode_bodies(self, bodies: list[str]) -> dict[str, Any]:
+        if not bodies:  # no documents, to see what a model answers without
+            return {"input_ids": [], "offset_mapping": []}
         # Only the "fast" tokenizers know where in the text a token ends.
         return self.tokenizer(
             bodies, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
