@@ -384,15 +384,17 @@ def choice_probabilities(
         rag.device,
     )
     probabilities = []
-    for row, ((_, branches), permutation) in enumerate(zip(written, permutations, strict=True)):
+    start = 0  # of the row in the logits of all
+    for (tokens, branches), permutation in zip(written, permutations, strict=True):
         lengths = [len(rag.codec.id_tokens[i]) + len(rag.codec.separator) for i in permutation]
         ends = torch.tensor(lengths).cumsum(0)  # first token after each id and its separator
         logps = torch.zeros(len(permutation))
         for branch in branches:
-            logits = completion.logits[row, branch.position, branch.allowed].float()
+            logits = completion.logits[start + branch.position, branch.allowed].float()
             choice = int(torch.searchsorted(ends, branch.position, right=True))
             logps[choice] += logits.log_softmax(dim=-1)[branch.chosen].cpu()
         probabilities.append(logps.exp().tolist())
+        start += len(tokens)
     return probabilities
 
 
