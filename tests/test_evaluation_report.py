@@ -44,12 +44,15 @@ def test_a_baseline_is_compared_question_by_question():
 
 def test_the_table_has_percentages_intervals_and_p_values():
     def text(*arguments):
-        console = Console(width=200, record=True, file=io.StringIO())
+        console = Console(width=80, record=True, file=io.StringIO())
         console.print(report_table(*arguments))
         return console.export_text()
 
     plain = text(summarize(ROWS))
     [line] = [line for line in plain.splitlines() if "exact match" in line]
+    assert max(map(len, plain.splitlines())) <= 80
     assert "60.0" in line and "baseline" not in plain
     compared = text(summarize(ROWS, ROWS), "runs/bm25")
+    labels = {line.split("  ")[0] for line in compared.splitlines()}
+    assert {"error: generation", "seconds/question"} <= labels  # nothing wraps
     assert "runs/bm25" in compared and "1.0000" in compared and "+0.0" in compared

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,11 +14,7 @@ from .data.schema import DatasetError
 from .metrics import bootstrap_interval, paired_permutation_test, ranking_measures
 
 
-OUTCOMES = {
-    "not_retrieved": "answer not among the candidates",
-    "not_selected": "answer not selected",
-    "not_answered": "answer selected, not given",
-}
+ERRORS = ("not_retrieved", "not_selected", "not_answered")
 
 
 def summarize(
@@ -76,8 +73,8 @@ def _scores(rows: Sequence[dict[str, Any]], measures: Sequence[str] | None) -> d
         for name, column in values.items():
             by_row = dict(zip(with_positives, column, strict=True))
             scores[name] = [by_row.get(i) for i in range(len(rows))]
-    for outcome in OUTCOMES:
-        scores[outcome] = [float(row["outcome"] == outcome) for row in rows]
+    for error in ERRORS:
+        scores[error] = [float(row["outcome"] == error) for row in rows]
     for name in ("seconds", "tokens"):
         scores[name] = [row[name] for row in rows]
     return scores
@@ -118,7 +115,7 @@ def print_report(summary: dict[str, Any], baseline: str | None) -> None:
 
 def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
     """
-    Table of a summary.
+    Table of a summary, 80 characters wide.
 
     Args:
         summary (`dict`):
@@ -129,15 +126,13 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
     Returns:
         [`~rich.table.Table`]: shares in percent.
     """
-    title = f"{summary['num_questions']} questions; 95% bootstrap intervals"
+    title = f"{summary['num_questions']} questions, shares in %, gain in nats, 95% bootstrap intervals in brackets"
     if baseline is not None:
-        title += f"\nbaseline: {baseline}; two-sided paired permutation test"
-    table = Table(title=title, title_justify="left")
+        title += f"\nbaseline: {baseline}, two-sided paired permutation test"
+    # Five columns must fit into 80 characters.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
-    headings = ["mean", "interval"]
-    if baseline is not None:
-        headings += ["baseline", "difference", "interval", "p"]
-    for heading in headings:
+    for heading in ("system", *(("baseline", "difference", "p") if baseline is not None else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in summary["metrics"].items():
         label, scale, digits = _label(name)
@@ -145,10 +140,10 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
         def shown(key, sign="", values=values, scale=scale, digits=digits):
             return f"{scale * values[key]:{sign}.{digits}f}"
 
-        cells = [shown("mean"), f"{shown('low')} – {shown('high')}"]
+        cells = [f"{shown('mean')} ({shown('low')}–{shown('high')})"]
         if baseline is not None and "difference" in values:
-            cells += [shown("baseline"), shown("difference", "+")]
-            cells += [f"{shown('difference_low', '+')} – {shown('difference_high', '+')}", f"{values['p_value']:.4f}"]
+            interval = f"({shown('difference_low')}–{shown('difference_high')})"
+            cells += [shown("baseline"), f"{shown('difference', '+')} {interval}", f"{values['p_value']:.4f}"]
         table.add_row(label, *cells, end_section=name in ("answer_in_documents", "not_answered"))
     return table
 
@@ -156,20 +151,22 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
 def _label(name: str) -> tuple[str, float, int]:
     """What a metric is called in the table, what it is multiplied by, and its digits."""
     labels = {
-        "em": "exact match, %",
-        "f1": "F1, %",
-        "answer_in_documents": "answer stands in the documents, %",
-        **{outcome: f"wrong: {label}, %" for outcome, label in OUTCOMES.items()},
+        "em": "exact match",
+        "f1": "F1",
+        "answer_in_documents": "answer in context",
+        "not_retrieved": "error: retrieval",
+        "not_selected": "error: selection",
+        "not_answered": "error: generation",
     }
     others = {
-        "context_gain": ("log-likelihood gained by documents, nats", 1.0, 2),
-        "seconds": ("seconds per question", 1.0, 3),
-        "tokens": ("tokens per question", 1.0, 0),
+        "context_gain": ("gain by documents", 1.0, 2),
+        "seconds": ("seconds/question", 1.0, 3),
+        "tokens": ("tokens/question", 1.0, 0),
     }
     if name in others:
         return others[name]
     if "recall@" in name:
         kind, _, k = name.partition("recall@")
-        who = {"": "selector", "retriever_": "retriever", "support_": "supporting documents"}[kind]
-        return f"Recall@{k}, {who}, %", 100.0, 1
+        who = {"": "", "retriever_": " retriever", "support_": " by id"}[kind]
+        return f"Recall@{k}{who}", 100.0, 1
     return (labels[name], 100.0, 1) if name in labels else (name, 1.0, 3)
