@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -155,8 +154,10 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{repo_id} is neither a folder nor a Hub id ({_first_line(error)})") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{where} could not be downloaded ({_first_line(error)}): try again") from error
+    except Exception as error:  # a status, a timeout, a connection cut: whatever the HTTP client raises
+        raise ValueError(
+            f"{where} could not be downloaded ({_first_line(error)}): try again, it goes on where it stopped"
+        ) from error
     return None
 
 
