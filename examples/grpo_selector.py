@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """
-Trains the same selector twice, with DROTrainer and with TRL's own GRPOTrainer, whose reward is the log-likelihood of the
-right answer under the generator, and compares the two. The generator stays as it is.
+Trains the same selector twice, with DROTrainer and with TRL's own GRPOTrainer, whose reward is the log-likelihood of
+the right answer under the generator, and compares the two. The generator stays as it is.
 
 Without arguments: the invented world and tiny model of the demo, offline, on two CPU cores.
 

@@ -123,8 +123,8 @@ def prompt_dataset(dataset: Dataset, pipe: RAGPipeline, role: Role = "selector")
             `"selector"`, whose prompt shows all candidates; or `"generator"`, whose prompt shows the first ones.
 
     Returns:
-        `Dataset`: with the column `prompt` added, chat messages if the tokenizer has a chat template and text if it has
-        none, and `documents` cut to the candidates shown.
+        `Dataset`: with the column `prompt` added, chat messages if the tokenizer has a chat template and else text,
+        and `documents` cut to the candidates shown.
 
     Raises:
         `DatasetError`: the dataset is malformed.
