@@ -22,11 +22,11 @@ import numpy as np
 import uvicorn
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_dro import RAGPipeline
-from trl_dro.data.synthetic import synthetic_world
 from trl_dro.serve import ServerLimits, create_app
-from trl_dro.tiny import tiny_system
 
 
 # What the requests are, how often each is drawn, and the status that is right.
@@ -41,6 +41,14 @@ KINDS = {
     "slow client": (4, 408),
 }
 
+RECORDS = [
+    {
+        "question": f"In which year was person {i} born?",
+        "documents": [f"Person {j} was born in {1900 + j} in a town by the sea." for j in range(i, i + 5)],
+    }
+    for i in range(100)
+]
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,13 +58,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(model: str | None, records: list[dict], folder: str) -> RAGPipeline:
+def load(model: str | None, folder: str) -> RAGPipeline:
     if model is not None:
         return RAGPipeline.from_pretrained(model)
-    dataset, _ = synthetic_world(len(records), 1, 5, 0)
-    tiny, tokenizer = tiny_system(dataset)
-    tiny.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([json.dumps(RECORDS)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
     return RAGPipeline.from_pretrained(folder, num_selected=2, max_candidates=5, max_answer_length=8)
 
 
@@ -92,9 +105,8 @@ def send(kind: str, record: dict, port: int) -> tuple[int, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = synthetic_world(200, 1, 5, 0)[0].to_list()
     with tempfile.TemporaryDirectory() as folder:
-        app = create_app(load(args.model, records, folder), ServerLimits(body_timeout=2.0))
+        app = create_app(load(args.model, folder), ServerLimits(body_timeout=2.0))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -105,9 +117,9 @@ def main(args: argparse.Namespace) -> None:
         kinds = draw.choices(list(KINDS), [weight for weight, _ in KINDS.values()], k=args.requests)
         start = time.perf_counter()
         with ThreadPoolExecutor(args.at_once) as threads:
-            results = list(threads.map(lambda kind: send(kind, draw.choice(records), port), kinds))
+            results = list(threads.map(lambda kind: send(kind, draw.choice(RECORDS), port), kinds))
         seconds = time.perf_counter() - start
-        health, _ = send("valid", records[0], port)
+        health, _ = send("valid", RECORDS[0], port)
         server.should_exit = True
         thread.join()
 
