@@ -16,6 +16,12 @@ accelerate launch examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml 
     --questions train.jsonl --eval_questions dev.jsonl --corpus corpus.jsonl
 ```
 
+From adapters that were trained before, by SFT say, on the base named by `--model_name_or_path`:
+
+```bash
+accelerate launch examples/train_nq.py … --selector_adapter sft/selector --generator_adapter sft/generator
+```
+
 A dataset that has its candidates already (columns `question`, `answers`, `documents`), on disk or on the Hub:
 
 ```bash
@@ -35,8 +41,10 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.checkpoint import find_checkpoints
 from trl_dro.data import load_records, read_corpus, read_questions
+from trl_dro.loading import load_model
 from trl_dro.logs import print_comparison
 from trl_dro.retrieval import BM25Retriever, retrieve_candidates
+from trl_dro.roles import load_role_adapters
 from trl_dro.tiny import demo_system, tiny_system
 
 
@@ -64,8 +72,18 @@ class DataArguments:
     selector_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model of the selector, when it is not the generator's."}
     )
+    selector_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to start the selector from, e.g. one trained by SFT."}
+    )
+    generator_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to start the generator from; goes with --selector_adapter."}
+    )
 
     def __post_init__(self):
+        if (self.selector_adapter is None) != (self.generator_adapter is None):
+            raise ValueError("--selector_adapter and --generator_adapter go together: pass one for each role")
+        if self.selector_adapter and self.selector_model_name_or_path:
+            raise ValueError("--selector_adapter and --generator_adapter share one base: leave out the selector's")
         if (self.questions is None) != (self.corpus is None):
             raise ValueError("--questions and --corpus go together: questions need a corpus to retrieve from")
         if self.questions and self.dataset_name:
@@ -110,14 +128,19 @@ def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelCo
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
+    peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
+    if data_args.selector_adapter and data_args.generator_adapter:
+        base = load_model(model, training_args, quantization_config, model_args.model_revision)
+        model = load_role_adapters(base, data_args.selector_adapter, data_args.generator_adapter)
+        peft_config = quantization_config = None
     trainer = DROTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+        quantization_config=quantization_config,
         selector_model=data_args.selector_model_name_or_path,
     )
     before = trainer.evaluate() if eval_dataset is not None else {}

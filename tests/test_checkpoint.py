@@ -99,7 +99,7 @@ def test_checkpoints_are_found_the_newest_first_whatever_their_age_on_disk(tmp_p
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         os.utime(folder, (age, age))
-    for other in (".checkpoint-2000.partial", "checkpoint-3000-old", "checkpoint-", "checkpoint-best", "run"):
+    for other in ("_checkpoint-2000.partial", "checkpoint-3000-old", "checkpoint-", "checkpoint-best", "run"):
         (tmp_path / other).mkdir()
     (tmp_path / "checkpoint-4000").write_text("not a folder")
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1000", "checkpoint-10", "checkpoint-2"]
@@ -136,7 +136,7 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     checkpoint = write(tmp_path / "checkpoint-3", "")
     write(staging_folder(tmp_path / "checkpoint-4") / "checkpoint-4", "")
     write(tmp_path / "checkpoint-5", "")
-    write(tmp_path / ".checkpoint-5.replaced", "")
+    write(tmp_path / "_checkpoint-5.replaced", "")
     write(tmp_path / ".cache", "")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", checkpoint.name, "checkpoint-5"]

@@ -304,3 +304,27 @@ def test_even_limit_is_the_largest_that_keeps_the_budget():
 def test_even_limit_of_nothing_is_nothing():
     assert even_limit([], 10) == 0
     assert even_limit([5, 7], -3) == 0
+
+
+def test_a_prompt_without_documents_has_the_question_alone():
+    tokenizer = TOKENIZERS["byte-level BPE, whole numbers"]()
+    for limit in (None, 5):
+        builder = PromptBuilder(tokenizer, "{documents}\nQuestion: {question}", 2, max_document_length=limit)
+        assert tokenizer.decode(builder("who?", [])).split() == ["Question:", "who?"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_written_prompt_encodes_to_the_prompt(name, chat):
+    tokenizer = TOKENIZERS[name]()
+    documents = [{"text": "one two three four five six seven eight nine ten " * 4}, {"text": "short"}]
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    for limit in (None, 75):
+        builder = PromptBuilder(tokenizer, "{documents}\nQ: {question}", 1, max_length=limit)
+        written, ids = builder.write("who?", documents), builder("who?", documents)
+        assert limit is None or len(ids) <= limit
+        if chat:
+            assert tokenizer.apply_chat_template(written, add_generation_prompt=True, return_dict=False) == ids
+        else:
+            assert tokenizer(written).input_ids == ids

@@ -7,7 +7,15 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trl_dro.roles import ROLES, RolePair, Roles, cast_adapters_for_quantized_base, is_quantized, prepare_role_model
+from trl_dro.roles import (
+    ROLES,
+    RolePair,
+    Roles,
+    cast_adapters_for_quantized_base,
+    is_quantized,
+    load_role_adapters,
+    prepare_role_model,
+)
 
 from .tiny_models import bpe_tokenizer, tiny_llama
 
@@ -282,3 +290,15 @@ def test_prompt_learning_is_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="prompt learning"):
         prepare_role_model(tiny_llama(TOKENIZER), peft_config=config)
+
+
+def test_adapters_that_do_not_fit_or_are_not_there_are_named(tmp_path):
+    tokenizer = TOKENIZER
+    with pytest.raises(ValueError, match="holds no adapter for the selector"):
+        load_role_adapters(tiny_llama(tokenizer), tmp_path, tmp_path)
+    for role, model in (("selector", tiny_llama(tokenizer)), ("generator", tiny_llama(tokenizer, hidden_size=48))):
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        get_peft_model(model, config).save_pretrained(tmp_path / role)
+    with pytest.raises(ValueError, match="do not both fit the model") as error:
+        load_role_adapters(tiny_llama(tokenizer), tmp_path / "selector", tmp_path / "generator")
+    assert "\n" not in str(error.value)

@@ -1,27 +1,31 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Direct Retrieval-augmented Optimization (DRO) for TRL: both roles of a RAG system trained on the right answer."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from .dro_config import DROConfig
     from .dro_trainer import DROTrainer
+    from .pipeline import RAGPipeline
+    from .run_folder import LoadOptions
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DROConfig", "DROTrainer"]
+__all__ = ["DROConfig", "DROTrainer", "LoadOptions", "RAGPipeline"]
+
+# Imported at first use: data and retrieval need no torch, which takes seconds to import.
+_MODULES = {
+    "DROConfig": "dro_config",
+    "DROTrainer": "dro_trainer",
+    "LoadOptions": "run_folder",
+    "RAGPipeline": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: data and retrieval need no torch, which takes seconds to import.
-    if name == "DROConfig":
-        from .dro_config import DROConfig
-
-        return DROConfig
-    if name == "DROTrainer":
-        from .dro_trainer import DROTrainer
-
-        return DROTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

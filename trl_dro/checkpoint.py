@@ -70,13 +70,16 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def staging_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint is written until it is whole: beside its place, under a name that nothing takes for one."""
-    return checkpoint.with_name(f".{checkpoint.name}.partial")
+    """
+    Where a checkpoint is written until it is whole: beside its place, under a name that nothing takes for one and that
+    is not uploaded with the folder.
+    """
+    return checkpoint.with_name(f"_{checkpoint.name}.partial")
 
 
 def put_in_place(written: Path, checkpoint: Path) -> None:
     """Moves a whole checkpoint to its place in one step, over an older one of the same name if there is one."""
-    replaced = checkpoint.with_name(f".{checkpoint.name}.replaced")
+    replaced = checkpoint.with_name(f"_{checkpoint.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if checkpoint.exists():
         os.rename(checkpoint, replaced)
@@ -86,11 +89,11 @@ def put_in_place(written: Path, checkpoint: Path) -> None:
 
 def remove_leftovers(output_dir: str | Path) -> None:
     """Removes what a killed run left of an unfinished checkpoint, and puts back one that was about to be replaced."""
-    for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.replaced"):
-        checkpoint = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+    for path in Path(output_dir).glob(f"_{PREFIX_CHECKPOINT_DIR}-*.replaced"):
+        checkpoint = path.with_name(path.name.removeprefix("_").removesuffix(".replaced"))
         if not checkpoint.exists():
             os.rename(path, checkpoint)
-    for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in Path(output_dir).glob(f"_{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

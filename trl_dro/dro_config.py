@@ -282,6 +282,10 @@ class DROConfig(_BaseConfig):
                     "the top level of a module"
                 ) from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the Hub token, as `training_args.bin` is uploaded."""
+        return {**self.__dict__, "hub_token": None}
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, functions by their names."""
         values = super().to_dict()

@@ -24,7 +24,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .estimation import Estimate, Weights, significant_permutations
-from .evaluation import answer_and_score
 from .importance import elbo, iwae_bound
 from .loading import (
     check_inputs,
@@ -40,6 +39,7 @@ from .rag_model import RAGModel, chunk_rows
 from .role_trainer import RoleTrainer
 from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
+from .scoring import answer_and_score
 from .shared_prefix import ReadPrompts, TokenCount
 
 

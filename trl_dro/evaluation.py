@@ -1,70 +1,417 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Questions answered by both roles, and how good their documents and answers are."""
+"""A whole system evaluated on a dataset: any selector or none, any generator, resumable, one line per question."""
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
-from .metrics.text import exact_match, f1, recall_at_k
-from .rag_model import RAGModel
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
+
+from .data import load_records, read_corpus, read_questions, validate_dataset
+from .data.schema import DatasetError
+from .evaluation_report import load_baseline, print_report, summarize
+from .pipeline import RAGPipeline
+from .prompts import question_text
+from .rag_config import RAGConfig
+from .rag_model import RAGModel, chunk_rows
+from .retrieval import BM25Retriever, retrieve_candidates
+from .run_folder import LoadOptions
+from .scoring import Selection, score_question, select
 
 
-def answer_and_score(
-    rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
-) -> tuple[list[str], list[dict[str, float]]]:
+SETTINGS_FILE = "settings.json"
+QUESTIONS_FILE = "questions.jsonl"
+PARTIAL_FILE = "questions.partial.jsonl"
+SUMMARY_FILE = "summary.json"
+
+Scored = dict[str, Any]
+
+
+@dataclass
+class EvaluationArguments:
     """
-    Selects greedily, answers greedily, and scores both.
+    What `trl-dro evaluate` evaluates, and on what.
 
     Args:
-        rag ([`~rag_model.RAGModel`]):
-            Both roles, in evaluation mode.
-        questions (`list[dict]` of length `B`):
-            Records with their candidates in retrieval order.
-        max_answer_length (`int`):
-            Tokens to generate at most.
+        model (`str`, *optional*):
+            Run folder or Hub repo with both roles.
+        selector (`str`, *optional*):
+            Selector, if not that of `model`: a run, adapter or model, `"retriever"` for the candidates as they were
+            retrieved, or `"oracle"` for the relevant ones first.
+        generator (`str`, *optional*):
+            Generator, if not that of `model`: a run, adapter or model.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub repo given as `model`.
+        base_model (`str`, *optional*):
+            Base of the adapters, instead of the one they name.
+        dataset_name (`str`, *optional*):
+            Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file.
+        dataset_split (`str`, *optional*):
+            Its split.
+        questions (`str`, *optional*):
+            Questions, jsonl, whose candidates BM25 retrieves from `corpus`.
+        corpus (`str`, *optional*):
+            Passages, jsonl.
+        max_questions (`int`, *optional*):
+            Evaluate the first ones only.
+        output_dir (`str`, *optional*, defaults to `"evaluation"`):
+            Folder of `questions.jsonl`, `summary.json` and `settings.json`. What is there already is not done again.
+        baseline (`str`, *optional*):
+            Folder of another evaluation of the same questions, to compare with.
+        num_selected (`int`, *optional*):
+            Documents per question, K, instead of the trained system's.
+        max_candidates (`int`, *optional*):
+            Candidates per question, n, instead of the trained system's.
+        max_answer_length (`int`, *optional*):
+            Longest answer in tokens, instead of the trained system's.
+        context_reliance (`bool`, *optional*, defaults to `True`):
+            Whether to score the gold answer with and without the documents, two more forwards per question.
+        ranking_measures (`list[str]`, *optional*):
+            Measures of `ir-measures` of the selected documents, e.g. `nDCG@5 RR@5`; needs `positive_ids`.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Prompt tokens computed at a time; halved where memory runs out.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision.
+        device (`str`, *optional*):
+            Device; the accelerator if there is one.
+        attn_implementation (`str`, *optional*):
+            Attention of transformers.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Load the base in 4 bits (NF4, double quantization).
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that ships with a model.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Run folder or Hub repo with both roles."})
+    selector: str | None = field(
+        default=None,
+        metadata={"help": "Selector, if not the model's: a run, adapter or model, or `retriever`, or `oracle`."},
+    )
+    generator: str | None = field(
+        default=None, metadata={"help": "Generator, if not the model's: a run, adapter or model."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's Hub repo."})
+    base_model: str | None = field(default=None, metadata={"help": "Base of the adapters, if not the one they name."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
+    )
+    dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
+    questions: str | None = field(
+        default=None, metadata={"help": "Questions, jsonl, whose candidates BM25 retrieves from the corpus."}
+    )
+    corpus: str | None = field(default=None, metadata={"help": "Passages, jsonl with `id`, `title` and `text`."})
+    max_questions: int | None = field(default=None, metadata={"help": "Evaluate the first ones only."})
+    output_dir: str = field(
+        default="evaluation", metadata={"help": "Folder of the results. What is there already is not done again."}
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of another evaluation of the same questions, to compare with."}
+    )
+    num_selected: int | None = field(default=None, metadata={"help": "Documents per question, K."})
+    max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
+    max_answer_length: int | None = field(default=None, metadata={"help": "Longest answer in tokens."})
+    context_reliance: bool = field(
+        default=True, metadata={"help": "Score the gold answer with and without the documents."}
+    )
+    ranking_measures: list[str] | None = field(
+        default=None, metadata={"help": "Measures of ir-measures, e.g. nDCG@5 RR@5; needs positive_ids."}
+    )
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
+    dtype: str = field(default="auto", metadata={"help": "Precision."})
+    device: str | None = field(default=None, metadata={"help": "Device; the accelerator if there is one."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bits."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that ships with a model."})
+
+    def __post_init__(self):
+        if self.generator is None and self.model is None:
+            raise ValueError("nothing to evaluate: pass --model, or --generator and --selector")
+        if self.selector is None and self.model is None:
+            raise ValueError("--generator alone selects nothing: pass --selector PATH, or retriever, or oracle")
+        if (self.questions is None) != (self.corpus is None):
+            raise ValueError("--questions and --corpus go together: questions need a corpus to retrieve from")
+        if (self.questions is None) == (self.dataset_name is None):
+            raise ValueError("pass either --dataset_name, or --questions and --corpus")
+        if self.revision is not None and self.generator is not None:
+            raise ValueError("--revision is that of --model: leave out --generator, or name a local folder")
+        for name in ("max_questions", "num_selected", "max_candidates", "max_answer_length", "tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
+
+
+def evaluate(args: EvaluationArguments) -> dict[str, Any]:
+    """
+    Evaluates a system, prints the table and writes `questions.jsonl` and `summary.json`. What an earlier call left of
+    the same evaluation is used; the model is loaded only if questions are left.
+
+    Args:
+        args ([`EvaluationArguments`]):
+            System and dataset.
 
     Returns:
-        `tuple[list[str], list[dict[str, float]]]`: answers, and the scores of [`score_prediction`], one per question.
+        `dict[str, Any]`: the summary, see [`~evaluation_report.summarize`].
+
+    Raises:
+        `DatasetError`: the dataset is malformed, or the baseline is of other questions.
+        `ValueError`: a model cannot be found, or `output_dir` holds another evaluation.
     """
-    selected = rag.sample(questions, 1, greedy=True).permutations[:, 0]  # [B, K]
-    answers = rag.answer(questions, selected, max_answer_length)
-    scores = []
-    for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True):
-        documents = question["documents"]
-        scores.append(
-            score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
+    selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
+    dataset = _load_dataset(args)
+    if args.ranking_measures and "positive_ids" not in dataset.column_names:
+        raise DatasetError("--ranking_measures need a column positive_ids, which the dataset has not: leave them out")
+
+    def load() -> RAGPipeline:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    return answers, scores
+        options = LoadOptions(
+            dtype=args.dtype,
+            device=args.device,
+            quantization_config=four_bits if args.load_in_4bit else None,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+        sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
+        # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so
+        # beside the generator's own.
+        selector = (args.selector or (args.model if args.generator else None)) if selection == "selector" else None
+        return RAGPipeline.from_pretrained(
+            cast(str, args.generator or args.model),
+            selector=selector,
+            revision=args.revision,
+            base_model=args.base_model,
+            options=options,
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
+
+    asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
+    rows = run(load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked)
+    baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
+    summary = summarize(rows, baseline, args.ranking_measures)
+    write_json(Path(args.output_dir) / SUMMARY_FILE, {**summary, "settings": asked, "baseline": args.baseline})
+    print_report(summary, args.baseline)
+    print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
+    return summary
 
 
-def recall_cutoffs(num_selected: int) -> list[int]:
+# What does not change the result of a question.
+_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
+
+
+def run(
+    load: Callable[[], RAGPipeline],
+    dataset: Dataset,
+    output_dir: str | Path,
+    selection: Selection = "selector",
+    context_reliance: bool = True,
+    tokens_per_batch: int = 16384,
+    settings: dict[str, Any] | None = None,
+) -> list[Scored]:
     """
-    Cut-offs of Recall@k that can be reported for `num_selected` documents: 1, 3 and 5 as far as they go, and
-    `num_selected` itself below 5.
-    """
-    return sorted({k for k in (1, 3, 5) if k <= num_selected} | {min(5, num_selected)})
-
-
-def score_prediction(
-    prediction: str, selected: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]], answers: Sequence[str]
-) -> dict[str, float]:
-    """
-    Scores of one answered question.
+    Answers and scores every question of a dataset, one line of `questions.jsonl` each.
 
     Args:
-        prediction (`str`):
-            Generated answer.
-        selected (`list[dict]`):
-            Documents the selector chose, in its order.
-        candidates (`list[dict]`):
-            Documents in retrieval order.
-        answers (`list[str]`):
-            Gold answers.
+        load (`Callable`):
+            Loads the system; called only if questions are left.
+        dataset (`Dataset`):
+            Questions with `question`, `answers` and `documents`; `id` and `positive_ids` are used if they are there.
+        output_dir (`str` or `Path`):
+            Folder of the results. Questions that are answered there already are not asked again.
+        selection (`str`, *optional*, defaults to `"selector"`):
+            Who selects, see [`~scoring.select`].
+        context_reliance (`bool`, *optional*, defaults to `True`):
+            Whether to score the gold answer with and without the documents.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Prompt tokens computed at a time.
+        settings (`dict`, *optional*):
+            What tells this evaluation from others; a folder that was begun with other settings is refused.
 
     Returns:
-        `dict[str, float]`: `em`, `f1`, `recall@k` of the selector and `retriever_recall@k`, each from 0 to 1.
+        `list[dict]`: one dict per question in the order of the dataset, as in the file.
+
+    Raises:
+        `DatasetError`: the dataset is malformed.
+        `ValueError`: `output_dir` holds another evaluation.
     """
-    scores = {"em": exact_match(prediction, answers), "f1": f1(prediction, answers)}
-    for k in recall_cutoffs(len(selected)):
-        scores[f"recall@{k}"] = recall_at_k([document["text"] for document in selected], answers, k)
-        scores[f"retriever_recall@{k}"] = recall_at_k([document["text"] for document in candidates], answers, k)
-    return scores
+    folder = Path(output_dir)
+    validate_dataset(dataset, 1, "dataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {"selection": selection, "dataset_sha256": _fingerprint(dataset), **(settings or {})}
+    _claim(folder, json.loads(json.dumps(own)))
+    finished, partial_file = folder / QUESTIONS_FILE, folder / PARTIAL_FILE
+    done = {row["row"]: row for row in _whole_lines(finished if finished.is_file() else partial_file)}
+    left = [row for row in range(len(dataset)) if row not in done]
+    if left:
+        pipe = load()
+        validate_dataset(dataset, pipe.config.num_selected, "dataset")
+        # Similar lengths together, the longest first: if memory does not suffice, it shows at once.
+        left.sort(key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"]))
+        score = partial(_score_batch, pipe.rag, pipe.config, selection, context_reliance)
+        with (
+            open(partial_file, "a", encoding="utf-8") as file,
+            tqdm(total=len(dataset), initial=len(done), desc="Evaluating", unit="question") as progress,
+        ):
+            for rows, records in _batches(pipe, dataset, left, tokens_per_batch):
+                for row, scored in zip(rows, _halving(score, records), strict=True):
+                    done[row] = {"row": row, **scored}
+                    file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
+                file.flush()
+                progress.update(len(rows))
+    results = [done[row] for row in range(len(dataset))]
+    if not finished.is_file():
+        _write(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+    partial_file.unlink(missing_ok=True)
+    return results
+
+
+def _batches(
+    pipe: RAGPipeline, dataset: Dataset, rows: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    for start in range(0, len(rows), 256):
+        block = list(rows[start : start + 256])
+        records = [
+            {**record, "documents": record["documents"][: pipe.config.max_candidates]}
+            for record in (dataset[row] for row in block)
+        ]
+        lengths = [len(pipe.rag.prompts["selector"](record["question"], record["documents"])) for record in records]
+        for chunk in chunk_rows(lengths, tokens_per_batch):
+            yield [block[i] for i in chunk], [records[i] for i in chunk]
+
+
+def _halving(score: Callable[[list[dict[str, Any]]], list[Scored]], records: list[dict[str, Any]]) -> list[Scored]:
+    """A batch scored in halves where memory runs out."""
+    with suppress(torch.OutOfMemoryError):
+        return score(records)
+    if len(records) == 1:
+        return score(records)
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    middle = len(records) // 2
+    return _halving(score, records[:middle]) + _halving(score, records[middle:])
+
+
+@torch.no_grad()
+def _score_batch(
+    rag: RAGModel,
+    config: RAGConfig,
+    selection: Selection,
+    context_reliance: bool,
+    records: list[dict[str, Any]],
+) -> list[Scored]:
+    start = time.perf_counter()
+    permutations = select(rag, records, selection)  # [B, K]
+    answers = rag.answer(records, permutations, config.max_answer_length)
+    seconds = (time.perf_counter() - start) / len(records)
+    logps: list[tuple[float, float]] = []
+    if context_reliance:
+        targets = [record["answers"][:1] for record in records]
+        none = torch.empty(len(records), 1, 0, dtype=torch.long)
+        with_documents = rag.answer_logps(records, targets, permutations.unsqueeze(1))[:, 0].tolist()
+        without = rag.answer_logps(records, targets, none)[:, 0].tolist()
+        logps = list(zip(with_documents, without, strict=True))
+    rows = []
+    for i, (record, permutation, answer) in enumerate(zip(records, permutations.tolist(), answers, strict=True)):
+        row: Scored = {
+            "id": record.get("id"),
+            "question": question_text(record["question"]),
+            "answers": record["answers"],
+            "prediction": answer,
+            "selected": permutation,
+            "selected_ids": [record["documents"][place - 1].get("id") for place in permutation],
+            "positive_ids": record.get("positive_ids"),
+            **score_question(record, permutation, answer),
+        }
+        if context_reliance:
+            row["answer_logp"], row["answer_logp_without_documents"] = logps[i]
+            row["context_gain"] = logps[i][0] - logps[i][1]
+        rows.append(row | {"seconds": seconds, "tokens": _count_tokens(rag, record, permutation, answer, selection)})
+    return rows
+
+
+def _count_tokens(
+    rag: RAGModel, record: dict[str, Any], permutation: list[int], answer: str, selection: Selection
+) -> int:
+    """Tokens read and written for one question, padding and the scoring of the gold answer left out."""
+    documents = [record["documents"][place - 1] for place in permutation]
+    tokens = len(rag.prompts["generator"](record["question"], documents))
+    tokens += len(rag.tokenizers["generator"](answer, add_special_tokens=False).input_ids) + 1
+    if selection == "selector":
+        tokens += len(rag.prompts["selector"](record["question"], record["documents"]))
+        tokens += len(rag.codec.encode(permutation, len(record["documents"]))[0])
+    return tokens
+
+
+def _load_dataset(args: EvaluationArguments) -> Dataset:
+    if args.dataset_name is not None:
+        dataset = load_records(args.dataset_name, args.dataset_split)
+    else:
+        questions = read_questions(cast(str, args.questions))
+        if args.max_questions is not None:
+            questions = questions.select(range(min(args.max_questions, len(questions))))
+        retriever = BM25Retriever(read_corpus(cast(str, args.corpus)))
+        dataset = retrieve_candidates(questions, retriever, args.max_candidates or RAGConfig.max_candidates)
+    if args.max_questions is None:
+        return dataset
+    return dataset.select(range(min(args.max_questions, len(dataset))))
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """Hash of what is asked: the same questions, answers and documents have the same, wherever they come from."""
+    digest = hashlib.sha256()
+    for record in dataset.select_columns(["question", "answers", "documents"]):
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a new evaluation, or raises if the folder has another one."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        if any((folder / name).exists() for name in (QUESTIONS_FILE, PARTIAL_FILE)):
+            raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"{folder} holds an evaluation with {name}={before.get(name)!r}, not {settings.get(name)!r}: name "
+                "another output_dir, or delete that folder"
+            )
+
+
+def _whole_lines(path: Path) -> list[Scored]:
+    """Lines of a file whose last one may have been cut; that one is removed from the file too."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "rb+") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there."""
+    _write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
+    os.replace(partial_path, path)

@@ -11,6 +11,7 @@ from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .permutation import PermutationCodec
 from .prompts import PromptBuilder, check_lengths
+from .rag_config import RAGConfig
 from .roles import ROLES, Role
 from .shared_prefix import check_attention, check_layers
 
@@ -35,7 +36,7 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
     )
 
 
-def _prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     """
     The tokenizer with a padding token, which only fills masked places.
 
@@ -164,17 +165,15 @@ def load_tokenizers(
     args: DROConfig,
 ) -> dict[Role, PreTrainedTokenizerBase]:
     """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
-    generator_tokenizer = _prepare_tokenizer(
-        processing_class or _load_tokenizer(model, args, generator_revision(args))
-    )
+    generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
-        selector_tokenizer = _prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
+        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
     return {"selector": selector_tokenizer, "generator": generator_tokenizer}
 
 
 def build_prompts(
-    args: DROConfig,
+    args: DROConfig | RAGConfig,
     tokenizers: dict[Role, PreTrainedTokenizerBase],
     codec: PermutationCodec,
     contexts: dict[Role, int | None],

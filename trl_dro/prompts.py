@@ -99,19 +99,34 @@ class PromptBuilder:
         Raises:
             [`PromptTooLongError`]: the prompt exceeds `max_length` with every document cut to `LEAST_DOCUMENT_TOKENS`.
         """
+        return self._fit(question, documents)[1]
+
+    def write(self, question: Question, documents: Sequence[dict[str, Any]]) -> str | list[dict[str, str]]:
+        """
+        The prompt of [`~PromptBuilder.__call__`] as trainers and servers take it, who encode it themselves: chat
+        messages if the tokenizer has a chat template, else a text.
+        """
+        return self._fit(question, documents)[0]
+
+    def _fit(
+        self, question: Question, documents: Sequence[dict[str, Any]]
+    ) -> tuple[str | list[dict[str, str]], list[int]]:
+        """The prompt with its documents cut so that it fits, written and encoded."""
         bodies = [document_body(document) for document in documents]
         encoded = self._encode_bodies(bodies)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        limit = max(lengths) if self.max_document_length is None else self.max_document_length
-        prompt = self._encode_prompt(question, self._truncate(bodies, encoded, limit))
+        limit = max(lengths, default=0) if self.max_document_length is None else self.max_document_length
+        prompt = self._write(question, self._truncate(bodies, encoded, limit))
+        ids = self._encode(prompt)
         # Tokens at a cut can merge with their neighbours, so the budget is met by trying, seldom more than twice.
-        while self.max_length is not None and len(prompt) > self.max_length:
+        while self.max_length is not None and len(ids) > self.max_length:
             if limit <= LEAST_DOCUMENT_TOKENS:
-                raise PromptTooLongError(self._too_long(len(prompt), len(documents), limit))
-            spare = sum(min(length, limit) for length in lengths) - (len(prompt) - self.max_length)
+                raise PromptTooLongError(self._too_long(len(ids), len(documents), limit))
+            spare = sum(min(length, limit) for length in lengths) - (len(ids) - self.max_length)
             limit = max(LEAST_DOCUMENT_TOKENS, min(limit - 1, even_limit(lengths, spare)))
-            prompt = self._encode_prompt(question, self._truncate(bodies, encoded, limit))
-        return prompt
+            prompt = self._write(question, self._truncate(bodies, encoded, limit))
+            ids = self._encode(prompt)
+        return prompt, ids
 
     def check_fits(self, question: Question, num_documents: int) -> None:
         """
@@ -121,7 +136,7 @@ class PromptBuilder:
         # Numbers stay one or more tokens each in any vocabulary.
         documents = ["1 " * MIN_DOCUMENT_TOKENS] * num_documents
         encoded = self._encode_bodies(documents)
-        length = len(self._encode_prompt(question, self._truncate(documents, encoded, MIN_DOCUMENT_TOKENS)))
+        length = len(self._encode(self._write(question, self._truncate(documents, encoded, MIN_DOCUMENT_TOKENS))))
         if self.max_length is not None and length > self.max_length:
             raise PromptTooLongError(self._too_long(length, num_documents, MIN_DOCUMENT_TOKENS))
 
@@ -133,6 +148,8 @@ class PromptBuilder:
         )
 
     def _encode_bodies(self, bodies: list[str]) -> dict[str, Any]:
+        if not bodies:  # no documents, to see what a model answers without
+            return {"input_ids": [], "offset_mapping": []}
         # Only the "fast" tokenizers know where in the text a token ends.
         return self.tokenizer(
             bodies, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
@@ -151,7 +168,7 @@ class PromptBuilder:
                 truncated.append(str(self.tokenizer.decode(ids[:limit])))
         return truncated
 
-    def _encode_prompt(self, question: Question, bodies: list[str]) -> list[int]:
+    def _write(self, question: Question, bodies: list[str]) -> str | list[dict[str, str]]:
         fields = {
             "question": question_text(question),
             "documents": "\n".join(f"[{i}] {body}" for i, body in enumerate(bodies, start=1)),
@@ -161,17 +178,19 @@ class PromptBuilder:
         }
         content = render(self.template, fields)
         if self.tokenizer.chat_template is None:
-            if not isinstance(content, str):
-                content = question_text(content) + "\n"
-            ids = list(self.tokenizer(content, verbose=False).input_ids)
-            # Some tokenizers close every text with eos, which would end the prompt before the completion.
-            return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
+            return content if isinstance(content, str) else question_text(content) + "\n"
+        return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+    def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(
+                self.tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
+                )
             )
-        )
+        ids = list(self.tokenizer(prompt, verbose=False).input_ids)
+        # Some tokenizers close every text with eos, which would end the prompt before the completion.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
 def check_lengths(

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import (
@@ -213,7 +214,13 @@ class RAGModel:
         return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
 
     @torch.no_grad()
-    def answer(self, questions: Sequence[dict[str, Any]], permutations: Tensor, max_answer_length: int) -> list[str]:
+    def answer(
+        self,
+        questions: Sequence[dict[str, Any]],
+        permutations: Tensor,
+        max_answer_length: int,
+        streamer: BaseStreamer | None = None,
+    ) -> list[str]:
         """
         Greedy answers from the selected documents.
 
@@ -224,6 +231,8 @@ class RAGModel:
                 Places in `documents`, from 1.
             max_answer_length (`int`):
                 Tokens to generate at most.
+            streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+                Receives the tokens of a single question's answer while they are written.
 
         Returns:
             `list[str]`: stripped texts without special tokens.
@@ -244,7 +253,7 @@ class RAGModel:
             eos_token_id=sorted(end_tokens),
         )
         with _generation_config(model, greedy):
-            generated = model.generate(input_ids=input_ids, attention_mask=mask.long())
+            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)
         texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -2,6 +2,7 @@
 """What training two roles needs of transformers' Trainer, whatever their losses: one optimizer with a rate per role,
 updates that are finite, checkpoints that are whole and hold both roles, and a way to stop between two updates."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,10 +27,20 @@ from .checkpoint import (
 )
 from .dro_config import DROConfig
 from .logs import RunningMeans
+from .model_card import build_model_card
+from .rag_config import RAGConfig
 from .roles import ROLES, Roles
 
 
 logger = get_logger(__name__)
+
+# Training arguments that a model card lists.
+_SHOWN_SETTINGS = (
+    *("num_selected", "max_candidates", "num_permutations", "selector_estimator", "answer_likelihood"),
+    *("steps_per_estimation", "train_selector", "train_generator", "learning_rate", "selector_learning_rate"),
+    *("generator_learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "lr_scheduler_type", "seed"),
+)
 
 
 class RoleTrainer(_BaseTrainer):
@@ -226,20 +238,83 @@ class RoleTrainer(_BaseTrainer):
             self._push_from_checkpoint(str(checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # not before the folder is in its place
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._staging is not None:  # not before the folder is in its place
+            return
+        if self.is_world_process_zero():
+            # Trainer copies the files that a single model has.
+            for role in ROLES:
+                shutil.copytree(Path(checkpoint_folder) / role, Path(self.args.output_dir) / role, dirs_exist_ok=True)
+            self._save_what_belongs_to_the_run(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes `selector/` and `generator/`, each loadable on its own, the tokenizers and the training arguments."""
+        """
+        Writes `selector/` and `generator/`, each loadable on its own, the tokenizers, the training arguments and what
+        inference must know of them.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder)
+        if folder == Path(self.args.output_dir):
+            self._save_what_belongs_to_the_run(folder)
         self.processing_class.save_pretrained(folder)
         for role in ROLES:
             self.tokenizers[role].save_pretrained(folder / role)
+        RAGConfig.of_training(self.args).save(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_what_belongs_to_the_run(self, folder: Path) -> None:
+        """Writes once, beside the checkpoints, a base that nobody else has, the last evaluation and the model card."""
+        self.roles.save_unnamed_bases(folder)
+        RAGConfig.of_training(self.args).save(folder)
+        (folder / "metrics.json").write_text(json.dumps(self._last_metrics(), indent=2) + "\n", encoding="utf-8")
+        self.create_model_card()
+
+    def _last_metrics(self) -> dict[str, float]:
+        """Metrics of the last evaluation, from 0 to 1 or in nats, by their names without prefix."""
+        logged = [logs for logs in self.state.log_history if "eval_em" in logs]
+        last = logged[-1] if logged else {}
+        return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` to the output folder: how to load the system, its last evaluation (also as model-index
+        metadata), training arguments and citation.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the system; that of the output folder by default.
+            dataset_name (`str`, *optional*):
+                Dataset it was trained and evaluated on, e.g. its Hub id.
+            tags (`str` or `list[str]`, *optional*):
+                Tags to add.
+        """
+        if not self.is_world_process_zero():
+            return
+        models: list[Any] = [self.roles.module(role) for role in ROLES]
+        adapters: list[Any] = [model for model in models if isinstance(model, PeftModel)]
+        names: list[str] = [model.get_base_model().config.name_or_path for model in adapters]
+        settings = {name: getattr(self.args, name) for name in _SHOWN_SETTINGS}
+        card = build_model_card(
+            name=model_name or Path(self.args.output_dir).name,
+            repo_id=self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
+            bases=[name for name in names if name],
+            adapters=bool(adapters),
+            dataset_name=dataset_name,
+            metrics=self._last_metrics(),
+            settings=settings,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            paper_id=self._paper["id"],
+            citation=self._paper["citation"],
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)

@@ -130,6 +130,46 @@ def prepare_role_model(
     return cast(PeftModel, shared)
 
 
+def load_role_adapters(base: PreTrainedModel, selector: str | Path, generator: str | Path) -> PeftModel:
+    """
+    One base with two adapters that were trained elsewhere, by supervised fine-tuning say, for training to go on with.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]):
+            Model that both adapters were trained on.
+        selector (`str` or `Path`):
+            Folder or Hub id of the selector's adapter.
+        generator (`str` or `Path`):
+            Folder or Hub id of the generator's adapter.
+
+    Returns:
+        [`~peft.PeftModel`]: to be passed to [`DROTrainer`] as `model`, without `peft_config`.
+
+    Raises:
+        `ValueError`: there is no adapter at one of the places, it was made for another model, or it adds virtual
+            tokens.
+    """
+    for role, path in (("selector", selector), ("generator", generator)):
+        try:
+            config = PeftConfig.from_pretrained(str(path))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} holds no adapter for the {role} ({str(error).splitlines()[0]}): name a folder or Hub repo "
+                "with adapter_config.json"
+            ) from None
+        if config.is_prompt_learning:
+            raise ValueError(f"{path}: prompt learning adds virtual tokens that sampling would miss: use LoRA")
+    try:
+        model = PeftModel.from_pretrained(base, str(generator), adapter_name="generator", is_trainable=True)
+        model.load_adapter(str(selector), adapter_name="selector", is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{selector} and {generator} do not both fit the model {base.config.name_or_path} "
+            f"({str(error).splitlines()[0]}): name the base that they were trained on"
+        ) from error
+    return model
+
+
 class Roles:
     """
     Runs, freezes, saves and loads the roles of a module made by [`prepare_role_model`].
@@ -208,6 +248,25 @@ class Roles:
                 module.save_pretrained(str(folder if isinstance(module, PeftModel) else folder / role))
         else:
             self.model.save_pretrained(str(folder), selected_adapters=list(ROLES))
+
+    def save_unnamed_bases(self, folder: str | Path) -> None:
+        """
+        Writes `folder/base` (`folder/{role}/base` for two bases) if the adapters' base was made in memory: an adapter
+        is of no use without its base, and nobody else has it.
+        """
+        pairs = [(role, self.model.get_submodule(role)) for role in ROLES] if not self.shared else [("", self.model)]
+        for role, module in pairs:
+            if not isinstance(module, PeftModel):
+                continue
+            base: Any = module.get_base_model()
+            if base.config.name_or_path:
+                continue
+            own = {
+                name.replace(".base_layer.", "."): weight
+                for name, weight in base.state_dict().items()
+                if not set(name.split(".")) & set(ROLES)
+            }
+            base.save_pretrained(Path(folder) / role / "base", state_dict=own)
 
     def load(self, folder: str | Path) -> None:
         """

@@ -121,7 +121,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_weights_of_an_uninterrup
         target = first + (draw.randint(0, 3) if kill else 0)
         wait_for(lambda target=target: newest(output_dir) >= target, process)
         if kill % 2:  # while a checkpoint is written
-            wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
+            wait_for(lambda: list(output_dir.glob("_checkpoint-*.partial")), process)
             time.sleep(draw.uniform(0, 0.015))
         else:
             time.sleep(draw.uniform(0, 0.1 if target > first else 1.0))

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from trl_dro import DROConfig
+from trl_dro import DROConfig, DROTrainer
 from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+
+from ..tiny_models import bpe_tokenizer, tiny_llama
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,3 +105,52 @@ def test_half_given_data_is_refused(script):
         script.DataArguments(questions="train.jsonl")
     with pytest.raises(ValueError, match="has candidates already"):
         script.DataArguments(dataset_name="nq", questions="train.jsonl", corpus="corpus.jsonl")
+
+
+def test_training_goes_on_from_adapters_made_elsewhere(script, files, monkeypatch):
+    tokenizer = bpe_tokenizer(split_digits=False)
+    tiny_llama(tokenizer).save_pretrained(files / "base")
+    tokenizer.save_pretrained(files / "base")
+    for role, seed in (("selector", 1), ("generator", 2)):
+        torch.manual_seed(seed)
+        config = LoraConfig(task_type="CAUSAL_LM", r=2 + seed, target_modules="all-linear", init_lora_weights=False)
+        adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(files / "base"), config)
+        adapter.save_pretrained(files / "sft" / role)
+    trained = {}
+
+    class Watched(DROTrainer):
+        def train(self, *arguments, **settings):
+            trained["before"] = get_peft_model_state_dict(self.model, adapter_name="selector")
+            trained["before"] = {name: weight.clone() for name, weight in trained["before"].items()}
+            trained["trainable"] = {n.split(".")[-2] for n, p in self.model.named_parameters() if p.requires_grad}
+            return super().train(*arguments, **settings)
+
+    monkeypatch.setattr(script, "DROTrainer", Watched)
+    arguments = parse(
+        script,
+        *("--questions", files / "questions.jsonl", "--corpus", files / "corpus.jsonl"),
+        *("--model_name_or_path", files / "base", "--output_dir", files / "run", "--max_steps", 1),
+        *("--selector_adapter", files / "sft" / "selector", "--generator_adapter", files / "sft" / "generator"),
+        *("--num_selected", 2, "--max_candidates", 4, "--learning_rate", 1e-2, "--save_strategy", "no"),
+        *("--per_device_train_batch_size", 2, "--max_document_length", 30),
+    )
+    script.main(*arguments)
+    sft = load_file(files / "sft" / "selector" / "adapter_model.safetensors")
+    assert sft.keys() == trained["before"].keys() and trained["trainable"] == {"selector", "generator"}
+    assert all(torch.equal(sft[name], trained["before"][name]) for name in sft)
+    for role in ("selector", "generator"):
+        before = load_file(files / "sft" / role / "adapter_model.safetensors")
+        after = load_file(files / "run" / role / "adapter_model.safetensors")
+        assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"selector_adapter": "s"}, "go together"),
+        ({"selector_adapter": "s", "generator_adapter": "g", "selector_model_name_or_path": "m"}, "share one base"),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_refused(script, settings, message):
+    with pytest.raises(ValueError, match=message):
+        script.DataArguments(**settings)

@@ -108,7 +108,7 @@ def check_record(record: Mapping[str, Any], where: str, num_selected: int = 1) -
     """
     check_question(record.get("question"), where)
     check_answers(record.get("answers"), where)
-    _check_documents(record.get("documents"), where, num_selected)
+    check_documents(record.get("documents"), where, num_selected)
     check_positive_ids(record.get("positive_ids"), where)
 
 
@@ -175,7 +175,8 @@ def check_positive_ids(positive_ids: Any, where: str) -> None:
         )
 
 
-def _check_documents(documents: Any, where: str, num_selected: int) -> None:
+def check_documents(documents: Any, where: str, num_selected: int) -> None:
+    """Checks the candidates of one record; see [`check_record`]."""
     if not isinstance(documents, list) or not documents:
         raise DatasetError(
             f"{where}, column documents: must be a non-empty list of {{id, title, text}}, not {_show(documents)}; "

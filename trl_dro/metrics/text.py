@@ -51,10 +51,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
         answers (`Sequence[str]`): gold answers, at least one.
 
     Returns:
-        `float`: 1.0 if the prediction equals any of the gold answers, else 0.0.
+        `float`: 1.0 if the prediction equals any of the gold answers, else 0.0. A blank prediction, which KILT refuses
+            to evaluate, scores 0, and a blank gold answer is passed over.
     """
     normalized = normalize_answer(prediction)
-    return max(float(normalized == normalize_answer(answer)) for answer in answers)
+    given = [answer for answer in answers if answer.strip()]
+    return float(bool(prediction.strip()) and any(normalized == normalize_answer(answer) for answer in given))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -117,3 +119,24 @@ def recall_at_k(documents: Sequence[str], answers: Sequence[str], k: int) -> flo
     if k < 1:
         raise ValueError(f"k={k} documents cannot be looked at; set k to 1 or more")
     return float(any(has_answer(document, answers) for document in documents[:k]))
+
+
+def recall_of_ids_at_k(ids: Sequence[str], supporting_ids: Sequence[str], k: int) -> float:
+    """Share of the supporting documents that are among the first `k`.
+
+    Args:
+        ids (`Sequence[str]`): ids of the documents in rank order; fewer than `k` are all looked at.
+        supporting_ids (`Sequence[str]`): ids of the documents known to be relevant, at least one.
+        k (`int`): number of documents to look at, at least 1.
+
+    Returns:
+        `float`: from 0 to 1.
+
+    Raises:
+        `ValueError`: `k` is below 1, or there are no supporting documents.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} documents cannot be looked at; set k to 1 or more")
+    if not supporting_ids:
+        raise ValueError("recall of no supporting documents is undefined; leave the question out")
+    return len(set(ids[:k]) & set(supporting_ids)) / len(set(supporting_ids))

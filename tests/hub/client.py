@@ -1,0 +1,96 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What the tests do with a Hub, in a process of its own: its address is read when huggingface_hub is imported."""
+
+import json
+import os
+import sys
+import urllib.request
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.test_dro_trainer import make_dataset
+from tests.test_faults import make_trainer
+from trl_dro import LoadOptions, RAGPipeline
+
+
+RECORDS = make_dataset(4).to_list()
+SETTINGS = {"max_answer_length": 6, "hub_model_id": "me/tiny-dro", "max_steps": 2}
+
+
+def ask(pipe):
+    outputs = pipe([r["question"] for r in RECORDS], documents=[r["documents"] for r in RECORDS])
+    return [[output.answer, [document.position for document in output.documents]] for output in outputs]
+
+
+def push(folder):
+    """Trains and pushes at every step, trains on and pushes again; a private repo too."""
+    trainer = make_trainer(
+        folder,
+        eval_dataset=make_dataset(4),
+        push_to_hub=True,
+        save_strategy="steps",
+        save_steps=1,
+        hub_always_push=True,
+        hub_token="hf_loopback",
+        **SETTINGS,
+    )
+    trainer.train()
+    trainer.evaluate()
+    first = trainer.push_to_hub(dataset_name="me/nq-top20")
+    answers = ask(RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu")))
+    for _, parameter in trainer.roles.named_parameters("generator"):
+        parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    trainer.push_to_hub(commit_message="Again")
+    again = ask(RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu")))
+    for name in ("secret", "cut-twice", "cut-always"):
+        trainer.hub_model_id, trainer.args.hub_model_id = None, f"me/{name}-dro"
+        trainer.push_to_hub(private=name == "secret")
+    return {"first": answers, "again": again, "revision": first.oid}
+
+
+def cut(number):
+    urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/loopback/cuts/{number}", data=b"").close()
+
+
+def download(revision):
+    """Loads from the Hub in every way, and in ways that cannot work."""
+    options = LoadOptions(device="cpu", token=False)
+    results = {}
+    for name, arguments in {
+        "missing": {"path": "me/nothing"},
+        "no token": {"path": "me/secret-dro"},
+        "no revision": {"path": "me/tiny-dro", "revision": "v9"},
+    }.items():
+        try:
+            RAGPipeline.from_pretrained(**arguments, options=options)
+        except ValueError as error:
+            results[name] = str(error)
+    pipe = RAGPipeline.from_pretrained("me/tiny-dro", options=options)
+    results["main"] = ask(pipe)
+    results["pinned"] = ask(RAGPipeline.from_pretrained("me/tiny-dro", revision=revision, options=options))
+    signed_in = LoadOptions(device="cpu", token="hf_loopback")
+    results["private"] = ask(RAGPipeline.from_pretrained("me/secret-dro", options=signed_in))
+    for role in ("selector", "generator"):
+        base = AutoModelForCausalLM.from_pretrained("me/tiny-dro", subfolder="base")
+        plain = PeftModel.from_pretrained(base, "me/tiny-dro", subfolder=role).eval()
+        prompt = torch.tensor([pipe.rag.prompts[role]("who?", RECORDS[0]["documents"][:2])])
+        with torch.no_grad():
+            difference = plain(prompt).logits - pipe.rag.roles.forward(role, input_ids=prompt).logits
+        results[f"plain {role}"] = difference.abs().max().item()
+    cut(2)
+    results["cut twice"] = ask(RAGPipeline.from_pretrained("me/cut-twice-dro", options=options))
+    cut(10**6)
+    try:
+        RAGPipeline.from_pretrained("me/cut-always-dro", options=options)
+    except ValueError as error:
+        results["cut always"] = str(error)
+    cut(0)
+    results["cut no more"] = ask(RAGPipeline.from_pretrained("me/cut-always-dro", options=options))
+    return results
+
+
+if __name__ == "__main__":
+    result = {"push": push, "download": download}[sys.argv[1]](*sys.argv[2:])
+    print("RESULT" + json.dumps(result))

@@ -1,0 +1,28 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import pytest
+
+from trl_dro import LoadOptions, RAGPipeline
+
+from ..test_dro_trainer import make_dataset
+from ..test_faults import make_trainer
+
+
+@pytest.fixture(scope="session")
+def pipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("integrations")
+    make_trainer(folder).save_model()
+    return RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def record():
+    """A question whose selection is not the first documents in their order."""
+    return make_dataset(1).to_list()[0]
+
+
+@pytest.fixture(scope="session")
+def selection(pipe, record):
+    """What the pipeline itself selects, which the frameworks must show."""
+    [selected] = pipe.select([record["question"]], [record["documents"]])
+    assert [document.position for document in selected] != [1, 2]
+    return selected

@@ -1,0 +1,2 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""The selector inside other frameworks, one module and one extra each."""
