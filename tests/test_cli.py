@@ -6,6 +6,7 @@ import sys
 import pytest
 from datasets import Dataset, load_from_disk
 
+from trl_dro import evaluation
 from trl_dro.cli import main
 from trl_dro.data import load_records, validate_dataset
 from trl_dro.retrieval import BM25Retriever
@@ -152,3 +153,24 @@ def test_the_command_line_does_not_import_torch():
     # It takes seconds, and a call that finds its result in the cache needs none of it.
     code = "import sys, trl_dro.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys, tmp_path):
+    evaluated = []
+    monkeypatch.setattr(evaluation, "evaluate", evaluated.append)
+    flags = ["--model", "run", "--dataset_name", "data", "--ranking_measures", "nDCG@5", "RR@5"]
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "evaluate", *flags])
+    main()
+    [args] = evaluated
+    assert (args.model, args.dataset_name, args.ranking_measures) == ("run", "data", ["nDCG@5", "RR@5"])
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "evaluate", "--generator", "run", "--dataset_name", "data"])
+    with pytest.raises(SystemExit, match="trl-dro evaluate: --generator alone selects nothing: pass --selector"):
+        main()
+
+
+def test_serve_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.delitem(sys.modules, "trl_dro.serve", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "serve", "--model", "run"])
+    with pytest.raises(SystemExit, match=r"pip install 'trl_dro\[serve\]'"):
+        main()

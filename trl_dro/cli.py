@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `trl-dro retrieve --help`."""
+"""The command line: `trl-dro {retrieve,evaluate,serve} --help`."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,12 @@ def make_retriever(name: str, args: RetrieveArguments, questions: Dataset) -> Re
             return PrecomputedRetriever(questions)
 
 
-COMMANDS: dict[str, tuple[Any, Callable[[Any], Any]]] = {"retrieve": (RetrieveArguments, retrieve)}
+# Module, dataclass of arguments and function of each command. Models take seconds to import: only where they are used.
+COMMANDS = {
+    "retrieve": (__name__, "RetrieveArguments", "retrieve"),
+    "evaluate": ("trl_dro.evaluation", "EvaluationArguments", "evaluate"),
+    "serve": ("trl_dro.serve", "ServeArguments", "serve"),
+}
 
 
 def main() -> None:
@@ -168,15 +173,14 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"trl-dro: there is no command {name!r}\n{usage}")
-    dataclass_type, command = COMMANDS[name]
-    parser = TrlParser((dataclass_type,), prog=f"trl-dro {name}", description=dataclass_type.__doc__)
+    module, arguments_type, function = COMMANDS[name]
     try:
+        dataclass_type: Any = getattr(import_module(module), arguments_type)
+        description = dataclass_type.__doc__.partition("Args:")[0]
+        parser = TrlParser((dataclass_type,), prog=f"trl-dro {name}", description=description)
         (parsed,) = parser.parse_args_and_config(arguments)
-    except ValueError as error:
-        sys.exit(f"trl-dro {name}: {error}")
-    try:
-        command(parsed)
-    except (DatasetError, ImportError, OSError) as error:
+        getattr(import_module(module), function)(parsed)
+    except (ValueError, ImportError, OSError) as error:  # a DatasetError is a ValueError
         sys.exit(f"trl-dro {name}: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on where it stopped")
