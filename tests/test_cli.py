@@ -133,11 +133,11 @@ def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
 
 def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trl-dro", "retreive"])
-    with pytest.raises(SystemExit, match="no command 'retreive'\nusage: trl-dro {retrieve}"):
+    with pytest.raises(SystemExit, match="no command 'retreive'\nusage: trl-dro {retrieve,evaluate,serve}"):
         main()
     monkeypatch.setattr(sys, "argv", ["trl-dro"])
     main()
-    assert "usage: trl-dro {retrieve}" in capsys.readouterr().out
+    assert "usage: trl-dro {retrieve,evaluate,serve}" in capsys.readouterr().out
 
 
 def test_every_setting_is_in_the_help(monkeypatch, capsys):
