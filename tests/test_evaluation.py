@@ -132,24 +132,6 @@ def test_a_finished_evaluation_loads_no_model(trained, tmp_path):
     assert run(fail, dataset, tmp_path) == rows
 
 
-def test_memory_that_runs_out_halves_the_batch(trained, tmp_path, monkeypatch):
-    folder, dataset, _ = trained
-    expected = run(load(folder), dataset, tmp_path / "expected")
-    from trl_dro.rag_model import RAGModel
-
-    original, sizes = RAGModel.answer, []
-
-    def small_memory(self, questions, *args):
-        sizes.append(len(questions))
-        if len(questions) > 3:
-            raise torch.OutOfMemoryError("full")
-        return original(self, questions, *args)
-
-    monkeypatch.setattr(RAGModel, "answer", small_memory)
-    rows = run(load(folder), dataset, tmp_path / "halved")
-    assert max(sizes) == 12 and [row["prediction"] for row in rows] == [row["prediction"] for row in expected]
-
-
 @pytest.mark.parametrize("change", ["selection", "dataset"])
 def test_another_evaluation_does_not_mix_with_the_one_in_the_folder(trained, tmp_path, change):
     folder, dataset, _ = trained

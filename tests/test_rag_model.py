@@ -287,6 +287,23 @@ def test_the_budget_is_halved_until_a_chunk_fits_and_kept(rag, monkeypatch):
     assert tried == [2, 2, 2, 4, 2, 2, 2] and rag.max_tokens == 10
 
 
+def test_answers_are_written_in_as_many_forwards_as_fit_into_memory(rag, monkeypatch):
+    questions, permutations = QUESTIONS * 3, torch.tensor([[3, 1], [2, 3]] * 3)
+    expected = rag.answer(questions, permutations, 6)
+    model = rag.roles.module("generator")
+    generate, sizes = model.generate, []
+
+    def small_memory(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("full")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    assert rag.answer(questions, permutations, 6) == expected
+    assert sizes[0] == 6 and sizes[-1] <= 2
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(rag):
     def run(chunk):
         raise RuntimeError("a bug")

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -266,7 +265,7 @@ def run(
             tqdm(total=len(dataset), initial=len(done), desc="Evaluating", unit="question") as progress,
         ):
             for rows, records in _batches(pipe, dataset, left, tokens_per_batch):
-                for row, scored in zip(rows, _halving(score, records), strict=True):
+                for row, scored in zip(rows, score(records), strict=True):
                     done[row] = {"row": row, **scored}
                     file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
                 file.flush()
@@ -290,18 +289,6 @@ def _batches(
         lengths = [len(pipe.rag.prompts["selector"](record["question"], record["documents"])) for record in records]
         for chunk in chunk_rows(lengths, tokens_per_batch):
             yield [block[i] for i in chunk], [records[i] for i in chunk]
-
-
-def _halving(score: Callable[[list[dict[str, Any]]], list[Scored]], records: list[dict[str, Any]]) -> list[Scored]:
-    """A batch scored in halves where memory runs out."""
-    with suppress(torch.OutOfMemoryError):
-        return score(records)
-    if len(records) == 1:
-        return score(records)
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    middle = len(records) // 2
-    return _halving(score, records[:middle]) + _halving(score, records[middle:])
 
 
 @torch.no_grad()

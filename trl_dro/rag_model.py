@@ -242,7 +242,6 @@ class RAGModel:
             self._generator_prompt(question, permutation)
             for question, permutation in zip(questions, permutations.tolist(), strict=True)
         ]
-        input_ids, mask = pad_rows(prompts, tokenizer.pad_token_id, self.device, side="left")
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
         end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
@@ -252,10 +251,16 @@ class RAGModel:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(end_tokens),
         )
-        with _generation_config(model, greedy):
+
+        def generate(rows: list[int]) -> list[str]:
+            chosen = [prompts[row] for row in rows]
+            input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
             generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)
-        texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+            return [text.strip() for text in texts]
+
+        with _generation_config(model, greedy):
+            return self._in_chunks(generate, [len(prompt) + max_answer_length for prompt in prompts])
 
     def _in_chunks(self, run: Callable[[list[int]], Sequence[Any]], lengths: Sequence[int]) -> list[Any]:
         """
