@@ -156,7 +156,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_in_its_place(tmp_path):
 
     def watched(*args, **kwargs):
         save(*args, **kwargs)
-        seen.append([name for name in checkpoints_in(tmp_path) if not name.startswith(".")])
+        seen.append([name for name in checkpoints_in(tmp_path) if not name.startswith("_")])
 
     trainer._save = watched
     trainer.train()
@@ -257,4 +257,4 @@ def test_save_model_writes_in_place_and_marks_nothing(tmp_path):
     trainer.save_model(str(tmp_path / "model"))
     names = set(checkpoints_in(tmp_path / "model"))
     assert {"selector", "generator", "training_args.bin"} <= names
-    assert not {name for name in names if name.startswith(".")}
+    assert not {name for name in names if name.startswith((".", "_"))}
