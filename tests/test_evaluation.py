@@ -197,6 +197,16 @@ def test_a_baseline_of_other_questions_is_refused(trained, tmp_path):
         evaluate(arguments(folder, dataset, tmp_path, baseline=str(tmp_path / "nothing")))
 
 
+def test_results_of_weights_that_were_trained_on_are_not_taken_for_those_of_the_new(trained, tmp_path):
+    folder, dataset, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+    evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+    (tmp_path / "run" / "selector" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds an evaluation with weights="):
+        evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+
+
 def test_ranking_measures_need_positives(trained, tmp_path):
     pytest.importorskip("ir_measures")
     folder, dataset, _ = trained

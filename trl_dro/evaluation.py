@@ -198,6 +198,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
+    asked["weights"] = _weights_stamp(args.model, args.selector, args.generator)
     rows = run(load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked)
     baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
     summary = summarize(rows, baseline, args.ranking_measures)
@@ -354,6 +355,14 @@ def _load_dataset(args: EvaluationArguments) -> Dataset:
     if args.max_questions is None:
         return dataset
     return dataset.select(range(min(args.max_questions, len(dataset))))
+
+
+def _weights_stamp(*names: str | None) -> str | None:
+    """Tells weights in local folders from others that were written to the same folders later."""
+    files = [path for name in names if name and Path(name).is_dir() for path in Path(name).rglob("*.safetensors")]
+    kept = [path for path in sorted(files) if not any(part.startswith("checkpoint-") for part in path.parts)]
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in kept or sorted(files)]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest() if stamps else None
 
 
 def _fingerprint(dataset: Dataset) -> str:

@@ -11,13 +11,13 @@ import torch
 from transformers import TextIteratorStreamer
 
 from .data.schema import DatasetError, Document, check_documents, check_question
-from .likelihood import completion_logits
 from .prompts import Question, question_text
 from .rag_config import RAGConfig
 from .rag_model import RAGModel
 from .retrieval import Retriever
 from .roles import Role
 from .run_folder import LoadOptions, RoleSource, export_merged, find_role, load_rag, with_num_selected
+from .shared_prefix import ReadPrompts
 
 
 @dataclass
@@ -293,8 +293,10 @@ class RAGPipeline:
         selections: list[list[SelectedDocument]] = [[] for _ in records]
         for rag, rows in self._groups(records):
             group = [records[row] for row in rows]
-            permutations = rag.sample(group, 1, greedy=True).permutations[:, 0].tolist()
-            probabilities = choice_probabilities(rag, group, permutations)
+            with torch.no_grad():
+                read = rag.read(group)  # once, to select and to tell with what probability
+            permutations = rag.sample(group, 1, greedy=True, read=read).permutations[:, 0].tolist()
+            probabilities = choice_probabilities(rag, group, permutations, read)
             for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
                 documents = records[row]["documents"]
                 selections[row] = [
@@ -356,7 +358,10 @@ class _Streamer(TextIteratorStreamer):
 
 @torch.no_grad()
 def choice_probabilities(
-    rag: RAGModel, questions: Sequence[dict[str, Any]], permutations: Sequence[Sequence[int]]
+    rag: RAGModel,
+    questions: Sequence[dict[str, Any]],
+    permutations: Sequence[Sequence[int]],
+    read: ReadPrompts | None = None,
 ) -> list[list[float]]:
     r"""
     Probability of every choice of a permutation, \\( p(z_t \mid z_{<t}, x) \\); their product is \\( p(z \mid x) \\).
@@ -368,6 +373,8 @@ def choice_probabilities(
             Questions with their documents.
         permutations (`list[list[int]]` of shape `(B, K)`):
             Places in `documents`, from 1.
+        read ([`~shared_prefix.ReadPrompts`], *optional*):
+            What [`~rag_model.RAGModel.read`] gives for these questions, if it was called before.
 
     Returns:
         `list[list[float]]` of shape `(B, K)`
@@ -376,13 +383,7 @@ def choice_probabilities(
         rag.codec.encode(permutation, len(question["documents"]))
         for question, permutation in zip(questions, permutations, strict=True)
     ]
-    completion = completion_logits(
-        lambda **inputs: rag.roles.forward("selector", **inputs),
-        [rag.prompts["selector"](question["question"], question["documents"]) for question in questions],
-        [tokens for tokens, _ in written],
-        rag.tokenizers["selector"].pad_token_id,
-        rag.device,
-    )
+    completion = rag.written_logits([tokens for tokens, _ in written], rag.read(questions) if read is None else read)
     probabilities = []
     start = 0  # of the row in the logits of all
     for (tokens, branches), permutation in zip(written, permutations, strict=True):

@@ -164,6 +164,11 @@ class RAGModel:
         lengths = [len(p) + len(group) * self.codec.max_length for p, group in zip(prompts, groups, strict=True)]
         return torch.cat(self._in_chunks(score, lengths))[inverse]
 
+    def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
+        """Logits that predict the tokens that the selector writes after prompts it has read, a row for each."""
+        groups = [[(prompt, tokens)] for prompt, tokens in zip(read.prompts, written, strict=True)]
+        return self._packed("selector").completion_logits(groups, read)
+
     def answer_logps(
         self,
         questions: Sequence[dict[str, Any]],
