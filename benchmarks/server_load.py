@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_dro import RAGPipeline
-from trl_dro.serve import ServerLimits, create_app
+from trl_dro.serve import ServerLimits
+from trl_dro.server import create_app
 
 
 # What the requests are, how often each is drawn, and the status that is right.
