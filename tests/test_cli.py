@@ -169,7 +169,7 @@ def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(mo
 
 
 def test_serve_names_the_extra_that_it_needs(monkeypatch):
-    monkeypatch.delitem(sys.modules, "trl_dro.serve", raising=False)
+    monkeypatch.delitem(sys.modules, "trl_dro.server", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.setattr(sys, "argv", ["trl-dro", "serve", "--model", "run"])
     with pytest.raises(SystemExit, match=r"pip install 'trl_dro\[serve\]'"):
