@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -167,6 +168,19 @@ def test_what_is_no_model_is_named(tmp_path):
         find_role("a/b/c", "selector")
     with pytest.raises(ValueError, match="not in the cache, and the Hub cannot be reached"):
         find_role("someone/nothing", "selector")
+
+
+def test_a_model_in_the_cache_is_found_without_network(base, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(base, cache / "snapshots" / "abc123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert find_role("someone/tiny", "selector").path == "someone/tiny"  # a plain model, which transformers finds
+    (cache / "snapshots" / "abc123" / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    assert find_role("someone/tiny", "selector").base == "a/base"
+    with pytest.raises(ValueError, match="not in the cache"):
+        find_role("someone/else", "selector")
 
 
 def test_a_quantized_base_is_not_merged_into(base, tmp_path):

@@ -7,6 +7,7 @@ with what the prompts were made of, and `base/` if the base model has no place o
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .roles import ROLES, Role, RolePair, Roles
 
 BASE_FOLDER = "base"
 ADAPTER_FILE = "adapter_config.json"
+# What tells a repo with roles or an adapter from a plain model's.
+_MARKS = (CONFIG_FILE, f"generator/{ADAPTER_FILE}", f"selector/{ADAPTER_FILE}", ADAPTER_FILE)
 
 
 @dataclass
@@ -128,7 +131,7 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
     """Snapshot of a repo with roles or an adapter; `None` for any other, which transformers loads by its id."""
     where = f"{repo_id}" + (f" at revision {revision}" if revision else "")
     try:
-        for file in (CONFIG_FILE, f"generator/{ADAPTER_FILE}", f"selector/{ADAPTER_FILE}", ADAPTER_FILE):
+        for file in _MARKS:
             try:
                 hf_hub_download(repo_id, file, revision=revision, token=token)
             except LocalEntryNotFoundError:
@@ -148,6 +151,10 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
             "a token"
         ) from None
     except LocalEntryNotFoundError as error:
+        # Offline, a file that a cached repo does not have looks like one that was not downloaded.
+        with suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            return cached if any((cached / file).is_file() for file in _MARKS) else None
         raise ValueError(
             f"{where} is no folder here, not in the cache, and the Hub cannot be reached "
             f"({_first_line(error.__cause__ or error)}): check the name and the network"
