@@ -23,8 +23,8 @@ from .prompts import document_body, question_text
 
 
 # The question stands right before the completion, within reach of the first layer.
-SELECTOR_TEMPLATE = "{documents}\nQuestion: {question}\nRank:"
-GENERATOR_TEMPLATE = "{documents}\nQuestion: {question}\nAnswer:"
+SELECTOR_TEMPLATE = "{documents}\nRank: {question}"
+GENERATOR_TEMPLATE = "{documents}\nReply: {question}"
 
 MAX_ID = 20
 
