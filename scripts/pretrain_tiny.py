@@ -59,7 +59,7 @@ FILLERS = "and or with near under over after before while also often never then 
 MAX_ID = 20
 REPEAT = float(os.environ.get('REPEAT', 0.05))
 SHARP = float(os.environ.get('SHARP', 2.5))
-ALPHA = float(os.environ.get('ALPHA', 0.15))
+ALPHA = float(os.environ.get('ALPHA', 0.25))
 
 
 class Row(NamedTuple):
@@ -341,56 +341,71 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers
 
 
 @torch.no_grad()
-def shape_attention(model: LlamaForCausalLM, id_tokens: list[int]) -> None:
+def shape_attention(model: LlamaForCausalLM, markers: list[int]) -> None:
+    """
+    A rough pointer network to start from. Four parts of the residual stream hold what a token is, the id of the passage
+    it is in, the votes for ids that a question's token has collected, and the token before. Layer 0 fills in the second
+    and the fourth; in layer 1 tokens look for their like and collect the ids there; in layer 2 the last token sums the
+    votes up; in layer 3 it reads the passages it points at.
+    """
     hidden_size, num_heads = model.config.hidden_size, model.config.num_attention_heads
     head_dim = hidden_size // num_heads
     frequencies = model.model.rotary_emb.inv_freq  # [head_dim / 2], radians per token
-
-    # Every embedding shares one direction, and those of document ids another: queries and keys made from these alone
-    # depend on the distance only.
-    shared, mark = _orthogonal(hidden_size)[:2]
-    content = torch.eye(hidden_size) - torch.outer(shared, shared) - torch.outer(mark, mark)
-    embeddings = torch.nn.functional.normalize(torch.randn(model.config.vocab_size, hidden_size) @ content, dim=1)
-    embeddings += shared
-    embeddings[id_tokens] += mark
+    num_words = hidden_size - 3 * head_dim
+    basis = torch.eye(hidden_size)
+    words, ids, votes, before = basis.split([num_words, head_dim, head_dim, head_dim])
+    # Every embedding shares one direction, and those that open a passage or a question another: queries and keys made
+    # from these alone depend on the distance only.
+    shared, mark, words = words[0], words[1], words[2:]
+    embeddings = torch.nn.functional.normalize(torch.randn(model.config.vocab_size, len(words)), dim=1) @ words + shared
+    embeddings[markers] += mark
     model.model.embed_tokens.weight.copy_(embeddings)
 
     def half(mask: Tensor) -> Tensor:
         return torch.cat([mask.float(), torch.zeros(len(mask))])
 
-    near, still = (frequencies > 0.09).float(), (frequencies < 0.005).float()
+    near, window, still = frequencies > 0.09, (frequencies > 0.02) & (frequencies < 0.2), frequencies < 0.005
+    # Fewer dimensions turn within a prompt than not.
+    unturned = torch.cat([still, still]).nonzero().flatten()
+    compress = _orthogonal(max(len(words), head_dim))[:head_dim, : len(words)] @ words  # [head_dim, hidden_size]
 
     def at_distance(distance: int) -> tuple[Tensor, Tensor]:
-        """Query and key of a head that reads the token `distance` before."""
         angles = frequencies * distance
-        query = torch.cat([near * angles.cos(), -near * angles.sin()])
-        return 0.8 * torch.outer(query, shared), 0.8 * torch.outer(half(near), shared)
+        query = torch.cat([near * angles.cos(), near * -angles.sin()])
+        return torch.outer(query, shared), torch.outer(half(near), shared)
 
     def nearby() -> tuple[Tensor, Tensor]:
-        """Query and key of a head that reads the last dozen tokens."""
-        both = 0.4 * torch.outer(half((frequencies > 0.02) & (frequencies < 0.3)), shared)
+        both = 0.9 * torch.outer(half(window), shared)
         return both, both
 
-    def latest_id() -> tuple[Tensor, Tensor]:
-        """Query and key of a head that reads the latest document id."""
-        both = 0.6 * half(((frequencies > 0.02) & (frequencies < 0.3)) | (torch.arange(len(frequencies)) > len(frequencies) - 5))
+    def latest_marker() -> tuple[Tensor, Tensor]:
+        both = 0.7 * half(window | (torch.arange(len(frequencies)) > len(frequencies) - 5))
         return torch.outer(both, shared), torch.outer(both, mark)
 
-    def alike() -> tuple[Tensor, Tensor]:
-        """Query and key of a head that reads tokens like the present one, but neither itself nor its neighbours."""
-        both = SHARP * torch.cat([still + 0.1, still + 0.1])[:, None] * _orthogonal(hidden_size)[:head_dim] @ content
-        apart = 1.2 * torch.outer(half(near), shared)
-        return both - apart, both + apart
+    def alike(query_part: Tensor, key_part: Tensor) -> tuple[Tensor, Tensor]:
+        mix = _orthogonal(max(len(query_part), len(unturned)))[: len(unturned), : len(query_part)]
+        query, key = torch.zeros(head_dim, hidden_size), torch.zeros(head_dim, hidden_size)
+        query[unturned], key[unturned] = SHARP * mix @ query_part, SHARP * mix @ key_part
+        return query, key
 
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
+        for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, attention.o_proj.weight):
+            weight.normal_(std=0.02)
         layer.mlp.down_proj.weight.mul_(0.1)  # at first, nothing drowns what the heads pass on
-        heads = [at_distance(1), latest_id(), latest_id(), nearby()] if index == 0 else [alike(), alike(), nearby(), nearby()]
-        copy = _orthogonal(hidden_size) @ content
-        attention.q_proj.weight.normal_(std=0.01).add_(torch.cat([query for query, _ in heads]))
-        attention.k_proj.weight.normal_(std=0.01).add_(torch.cat([key for _, key in heads]))
-        attention.v_proj.weight.normal_(std=0.01).add_(copy)
-        attention.o_proj.weight.normal_(std=0.01).add_(copy.T, alpha=ALPHA)
+        # Of each head: query and key, what it reads and where it writes it.
+        heads = {
+            0: [(at_distance(1), compress, before), (latest_marker(), compress, ids)],
+            1: [(alike(compress, before), ids, votes), (alike(compress, before), ids, votes), (alike(compress, before), compress, compress)],
+            2: [(nearby(), votes, compress), (alike(compress, before), ids, votes)],
+            3: [(alike(compress, ids), compress, compress), (alike(compress, before), compress, compress)],
+        }.get(index, [(alike(compress, before), ids, votes), (alike(compress, ids), compress, compress)])
+        for head, ((query, key), source, target) in enumerate(heads):
+            part = slice(head * head_dim, (head + 1) * head_dim)
+            attention.q_proj.weight[part] += query
+            attention.k_proj.weight[part] += key
+            attention.v_proj.weight[part] += source
+            attention.o_proj.weight[:, part] += ALPHA * target.T
 
 
 def _orthogonal(size: int) -> Tensor:
@@ -489,12 +504,12 @@ def main() -> None:
         if n == most:
             of_select = [is_right for skill, is_right in right if skill == "select1"]
             mastery = 0.95 * mastery + 0.05 * sum(of_select) / max(1, len(of_select))
-        if mastery > 0.85 and step - mastered_at > 20:
+        if mastery > 0.8 and step - mastered_at > 20:
             if skills.hardness < 1.0:
-                skills.hardness, mastery = min(1.0, skills.hardness + 0.15), 0.6
+                skills.hardness = min(1.0, skills.hardness + 0.15)
             elif most < MAX_ID:
-                most, mastery = min(MAX_ID, most + (1 if most < 8 else 2)), 0.6
-            mastered_at = step
+                most = min(MAX_ID, most + (1 if most < 8 else 2))
+            mastery, mastered_at = 0.6, step
         if time.perf_counter() - logged > 20:
             logged = time.perf_counter()
             means = {name: round(sum(v) / len(v), 3) for name, v in sorted(results.items()) if len(v) > 20}
