@@ -8,15 +8,16 @@ accelerate launch examples/demo.py
 ```
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, disable_progress_bars
+import matplotlib
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trl_dro import DROConfig, DROTrainer
@@ -26,6 +27,10 @@ from trl_dro.prompts import PromptBuilder
 from trl_dro.roles import ROLES
 from trl_dro.tiny import TINY_MODEL
 from trl_dro.warmup import generator_examples, selector_examples
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
@@ -103,6 +108,30 @@ def print_table(before: dict[str, float], after: dict[str, float]) -> None:
     Console().print(table)
 
 
+def save_figure(before: dict[str, float], after: dict[str, float], history: list[dict[str, float]], path: Path) -> None:
+    """Scores before and after, and the bound on the answers' log-likelihood while training."""
+    figure, (scores, bound) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    names = {"em": "EM", "f1": "F1", "recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5"}
+    bars = {
+        "retriever (BM25)": [before.get(f"eval_retriever_{name}", float("nan")) for name in names],
+        "warm start": [before[f"eval_{name}"] for name in names],
+        "DRO": [after[f"eval_{name}"] for name in names],
+    }
+    for number, (label, values) in enumerate(bars.items()):
+        places = [place + 0.27 * (number - 1) for place in range(len(names))]
+        drawn = scores.bar(places, [100 * value for value in values], width=0.25, label=label)
+        scores.bar_label(drawn, ["" if math.isnan(value) else f"{100 * value:.0f}" for value in values], fontsize=8)
+    scores.set(xticks=range(len(names)), xticklabels=names.values(), ylim=(0, 112), ylabel="% of held-out questions")
+    scores.legend(loc="upper left", ncols=3, fontsize=8, frameon=False)
+    points = [(row["step"], row["iwae_bound"]) for row in history if "iwae_bound" in row]
+    bound.plot(*zip(*points, strict=True), marker="o")
+    bound.set(xlabel="updates", ylabel="IWAE bound on log p(answer), nats", title="Training questions")
+    for axes in (scores, bound):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(world: WorldArguments, args: DROConfig, model_args: ModelConfig) -> None:
     set_seed(args.seed)
     train_dataset, eval_dataset = synthetic_world(
@@ -122,6 +151,9 @@ def main(world: WorldArguments, args: DROConfig, model_args: ModelConfig) -> Non
     after = trainer.evaluate()
     trainer.save_model()
     print_table(before, after)
+    figure = Path(args.output_dir) / "demo.png"
+    save_figure(before, after, trainer.state.log_history, figure)
+    print(f"Both adapters are in {args.output_dir}/selector and {args.output_dir}/generator, the figure is {figure}.")
 
 
 if __name__ == "__main__":

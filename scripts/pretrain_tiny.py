@@ -136,14 +136,21 @@ class Skills:
         used = [word for r in synthetic.RELATIONS for word in (r.participle, *r.noun.split())]
         made = [f"{stem}{suffix}" for stem in STEMS for suffix in ("ed", "er", "ing")]
         names = [word for entities in self.entities.values() for e in entities[:200] for word in e.name.split()]
-        self.words = [*made, *used * 4, *names[:600], *FILLERS * 5, *synthetic.PROFESSIONS]
+        self.words = [*made, *used * 15, *names[:300], *FILLERS * 5, *synthetic.PROFESSIONS]
         self.forms: dict[str, list[str]] = defaultdict(list)
-        for word in {*made, *used}:
+        self.stem_of: dict[str, str] = {}
+        for word in sorted({*made, *used}):
             stem = word
             for suffix in ("ed", "er", "or", "ing", "ion", "al", "age"):
                 if word.endswith(suffix) and len(word) > len(suffix) + 2:
                     stem = word[: -len(suffix)]
             self.forms[stem].append(word)
+            self.stem_of[word] = stem
+        stems = {r.participle.removesuffix("ed") for r in synthetic.RELATIONS}
+        self.other_stems = sorted(
+            word[1:] for word in tokenizer.get_vocab()
+            if len(word) > 3 and word[0] == "Ġ" and word[1:].isalpha() and not any(s.startswith(word[1:].lower()) for s in stems)
+        )
         self.id_token = {i: tokenizer.convert_tokens_to_ids(f"[{i}]") for i in range(1, MAX_ID + 1)}
         self.separator = tokenizer.convert_tokens_to_ids(" > ")
         self.hardness = 0.1  # share of the other passages that resemble the right one
@@ -171,7 +178,10 @@ class Skills:
     def relation(self, subject: str | None = None, value: str | None = None) -> Relation:
         rng = self.rng
         stem = rng.choice(STEMS)
-        if rng.random() < 0.1:
+        draw = rng.random()
+        if draw < 0.25:
+            stem = rng.choice(self.other_stems)
+        elif draw < 0.35:
             stem = rng.choice("bdfgklmprstvz") + rng.choice("aeiou") + rng.choice("lnrst") + rng.choice("dfgkmptv")
         return Relation(
             subject or rng.choice(synthetic.KINDS),
@@ -206,11 +216,11 @@ class Skills:
 
     def row(self, n: int, num_questions: int) -> Row:
         rng = self.rng
-        passages, questions = self.passages(n)
         order = rng.sample(range(n), n)
         # Ids from the whole range, so that the ones of long lists are known before such lists come.
         ids = list(range(1, n + 1)) if rng.random() < 0.2 else rng.sample(range(1, MAX_ID + 1), n)
         id_of = {passage: ids[position] for position, passage in enumerate(order)}
+        passages, questions = self.passages(n, id_of)
         block = "\n".join(f"[{id_of[i]}] {passages[i][0]}\n{passages[i][1]}" for i in order)
         tokens: list[int] = []
         weights: list[float] = []
@@ -238,7 +248,7 @@ class Skills:
             weights += counts
         return Row(tokens, weights, answers)
 
-    def passages(self, n: int) -> tuple[list[tuple[str, str]], Callable[[], tuple[str, str, list[int], str]]]:
+    def passages(self, n: int, id_of: dict[int, int]) -> tuple[list[tuple[str, str]], Callable[[], tuple[str, str, list[int], str]]]:
         """Titles and texts, and a function that draws a question: skill, question, right passages, answer."""
         rng = self.rng
         subjects = [self.entity() for _ in range(max(1, round(n * (1 - self.hardness)), n // 8))]
@@ -246,15 +256,16 @@ class Skills:
         while len(facts) < n:
             subject = rng.choice(subjects)
             draw = rng.random()
-            if len(facts) < len(subjects) or draw < 0.5:
+            if len(facts) < len(subjects) or draw < 0.4:
                 subject = subjects[len(facts)] if len(facts) < len(subjects) else subject
                 facts.append(self.fact(subject, self.relation(subject.kind)))
-            elif draw < 0.65:
+            elif draw < 0.55:
                 facts.append(None)
             else:
                 known = rng.choice([fact for fact in facts if fact] or [self.fact(subject, self.relation(subject.kind))])
-                if draw < 0.85:
-                    facts.append(self.fact(self.namesake(known.subject), known.relation))
+                if draw < 0.75:
+                    relation = known.relation if rng.random() < 0.6 else self.relation(known.subject.kind)
+                    facts.append(self.fact(self.namesake(known.subject), relation))
                 else:
                     other = self.entity()
                     facts.append(self.fact(other, self.relation(other.kind), known.subject))
@@ -271,17 +282,20 @@ class Skills:
                 nationality = second.subject.description.split()[1]
                 bridge = f"the {nationality} {first.relation.noun} of {first.subject.name}"
                 text = ask(rng, second.relation, bridge, second.uses_noun ^ (rng.random() < 0.3))
-                return ("select2" if draw < 0.33 else "read2"), text, [0, 1], second.value.name
+                return ("select2" if draw < (0.2 if n <= 6 else 0.4) else "read2"), text, [0, 1], second.value.name
             if draw < 0.25:
-                i = rng.randrange(n)
+                # Of all passages, those without meaning are asked for most.
+                i = rng.choice([i for i, fact in enumerate(facts) if not fact] or range(n)) if rng.random() < 0.7 else rng.randrange(n)
                 words = [word for word in passages[i][1].strip(".").split() if word[0].isupper() or len(word) > 4]
-                words = rng.sample(words, min(len(words), 2))
+                words = [rng.choice(self.forms[self.stem_of.get(word, word)] or [word]) for word in rng.sample(words, min(len(words), 2))]
                 words.insert(rng.randrange(len(words) + 1), passages[i][0])
                 return "mention", " ".join(words), [i], ""
             i = rng.choice(known_facts)
+            if draw < 0.4 and n <= 6:  # a step on the way to reading the right one of several passages
+                return "read of id", f"[{id_of[i]}]", [i], facts[i].value.name
             use_noun = facts[i].uses_noun ^ (rng.random() < 0.7)
             text = ask(rng, facts[i].relation, facts[i].subject.name, use_noun)
-            return ("select1" if draw < 0.7 or n > 8 and draw < 0.9 else "read1"), text, [i], facts[i].value.name
+            return ("select1" if draw < (0.55 if n <= 6 else 0.9) else "read1"), text, [i], facts[i].value.name
 
         return passages, question
 
@@ -470,10 +484,10 @@ def main() -> None:
         skills.rng.setstate(saved["rng"])
 
     results: dict[str, list[float]] = defaultdict(list)
-    start, logged, saved_at = time.perf_counter(), time.perf_counter(), time.perf_counter()
+    start = logged = saved_at = time.process_time()
 
     def seconds() -> float:
-        return before + time.perf_counter() - start
+        return before + time.process_time() - start
 
     def save() -> None:
         model.save_pretrained(arguments.out)
@@ -487,7 +501,9 @@ def main() -> None:
         decay = 0.5 * (1 + math.cos(math.pi * progress)) * 0.9 + 0.1
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * decay * min(1.0, (step + 1) / 100)
-        n = most if skills.rng.random() < 0.5 else skills.rng.randint(1, most)
+        # Reading is practised on as many passages as a generator sees.
+        draw = skills.rng.random()
+        n = most if draw < 0.25 else skills.rng.randint(1, most if draw < 0.4 else min(6, most))
         num_questions = 6
         rows = [skills.row(n, num_questions)]
         while (len(rows) + 1) * len(rows[0].tokens) < arguments.tokens_per_batch:
@@ -510,16 +526,16 @@ def main() -> None:
             elif most < MAX_ID:
                 most = min(MAX_ID, most + (1 if most < 8 else 2))
             mastery, mastered_at = 0.6, step
-        if time.perf_counter() - logged > 20:
-            logged = time.perf_counter()
+        if time.process_time() - logged > 20:
+            logged = time.process_time()
             means = {name: round(sum(v) / len(v), 3) for name, v in sorted(results.items()) if len(v) > 20}
             record = {"step": step, "seconds": round(seconds()), "most": most, "hardness": round(skills.hardness, 2), "loss": round(loss.item(), 3), "accuracy": means}
             print(json.dumps(record), flush=True)
             with open(arguments.out / "training_log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
             results.clear()
-        if time.perf_counter() - saved_at > 120:
-            saved_at = time.perf_counter()
+        if time.process_time() - saved_at > 60:
+            saved_at = time.process_time()
             save()
     save()
 
