@@ -216,11 +216,13 @@ class Skills:
 
     def row(self, n: int, num_questions: int) -> Row:
         rng = self.rng
-        order = rng.sample(range(n), n)
+        # A generator is given the passages best first: half of the readings are about the first.
+        first = n <= 6 and rng.random() < 0.5
+        order = list(range(n)) if first else rng.sample(range(n), n)
         # Ids from the whole range, so that the ones of long lists are known before such lists come.
-        ids = list(range(1, n + 1)) if rng.random() < 0.2 else rng.sample(range(1, MAX_ID + 1), n)
+        ids = list(range(1, n + 1)) if first or rng.random() < 0.2 else rng.sample(range(1, MAX_ID + 1), n)
         id_of = {passage: ids[position] for position, passage in enumerate(order)}
-        passages, questions = self.passages(n, id_of)
+        passages, questions = self.passages(n, first)
         block = "\n".join(f"[{id_of[i]}] {passages[i][0]}\n{passages[i][1]}" for i in order)
         tokens: list[int] = []
         weights: list[float] = []
@@ -248,7 +250,7 @@ class Skills:
             weights += counts
         return Row(tokens, weights, answers)
 
-    def passages(self, n: int, id_of: dict[int, int]) -> tuple[list[tuple[str, str]], Callable[[], tuple[str, str, list[int], str]]]:
+    def passages(self, n: int, of_first: bool) -> tuple[list[tuple[str, str]], Callable[[], tuple[str, str, list[int], str]]]:
         """Titles and texts, and a function that draws a question: skill, question, right passages, answer."""
         rng = self.rng
         subjects = [self.entity() for _ in range(max(1, round(n * (1 - self.hardness)), n // 8))]
@@ -283,19 +285,19 @@ class Skills:
                 bridge = f"the {nationality} {first.relation.noun} of {first.subject.name}"
                 text = ask(rng, second.relation, bridge, second.uses_noun ^ (rng.random() < 0.3))
                 return ("select2" if draw < (0.2 if n <= 6 else 0.4) else "read2"), text, [0, 1], second.value.name
-            if draw < 0.25:
+            if draw < 0.15:
                 # Of all passages, those without meaning are asked for most.
                 i = rng.choice([i for i, fact in enumerate(facts) if not fact] or range(n)) if rng.random() < 0.7 else rng.randrange(n)
                 words = [word for word in passages[i][1].strip(".").split() if word[0].isupper() or len(word) > 4]
                 words = [rng.choice(self.forms[self.stem_of.get(word, word)] or [word]) for word in rng.sample(words, min(len(words), 2))]
                 words.insert(rng.randrange(len(words) + 1), passages[i][0])
                 return "mention", " ".join(words), [i], ""
-            i = rng.choice(known_facts)
-            if draw < 0.4 and n <= 6:  # a step on the way to reading the right one of several passages
-                return "read of id", f"[{id_of[i]}]", [i], facts[i].value.name
+            i = 0 if of_first else rng.choice(known_facts)
             use_noun = facts[i].uses_noun ^ (rng.random() < 0.7)
             text = ask(rng, facts[i].relation, facts[i].subject.name, use_noun)
-            return ("select1" if draw < (0.55 if n <= 6 else 0.9) else "read1"), text, [i], facts[i].value.name
+            if of_first:
+                return "read first", text, [i], facts[i].value.name
+            return ("select1" if draw < (0.5 if n <= 6 else 0.9) else "read1"), text, [i], facts[i].value.name
 
         return passages, question
 
@@ -381,7 +383,9 @@ def shape_attention(model: LlamaForCausalLM, markers: list[int]) -> None:
     near, window, still = frequencies > 0.09, (frequencies > 0.02) & (frequencies < 0.2), frequencies < 0.005
     # Fewer dimensions turn within a prompt than not.
     unturned = torch.cat([still, still]).nonzero().flatten()
-    compress = _orthogonal(max(len(words), head_dim))[:head_dim, : len(words)] @ words  # [head_dim, hidden_size]
+    mixed = _orthogonal(len(words)) @ words
+    # Two views of what a token is, the second of what the first leaves out.
+    compress, rest = mixed[:head_dim], torch.cat([mixed[head_dim:], torch.zeros(2 * head_dim - len(words), hidden_size)])
 
     def at_distance(distance: int) -> tuple[Tensor, Tensor]:
         angles = frequencies * distance
@@ -396,10 +400,10 @@ def shape_attention(model: LlamaForCausalLM, markers: list[int]) -> None:
         both = 0.7 * half(window | (torch.arange(len(frequencies)) > len(frequencies) - 5))
         return torch.outer(both, shared), torch.outer(both, mark)
 
-    def alike(query_part: Tensor, key_part: Tensor) -> tuple[Tensor, Tensor]:
+    def alike(query_part: Tensor, key_part: Tensor, sharp: float = SHARP) -> tuple[Tensor, Tensor]:
         mix = _orthogonal(max(len(query_part), len(unturned)))[: len(unturned), : len(query_part)]
         query, key = torch.zeros(head_dim, hidden_size), torch.zeros(head_dim, hidden_size)
-        query[unturned], key[unturned] = SHARP * mix @ query_part, SHARP * mix @ key_part
+        query[unturned], key[unturned] = sharp * mix @ query_part, sharp * mix @ key_part
         return query, key
 
     for index, layer in enumerate(model.model.layers):
@@ -412,8 +416,9 @@ def shape_attention(model: LlamaForCausalLM, markers: list[int]) -> None:
             0: [(at_distance(1), compress, before), (latest_marker(), compress, ids)],
             1: [(alike(compress, before), ids, votes), (alike(compress, before), ids, votes), (alike(compress, before), compress, compress)],
             2: [(nearby(), votes, compress), (alike(compress, before), ids, votes)],
-            3: [(alike(compress, ids), compress, compress), (alike(compress, before), compress, compress)],
-        }.get(index, [(alike(compress, before), ids, votes), (alike(compress, ids), compress, compress)])
+            3: [(alike(compress, ids, 5.0), compress, votes), (alike(compress, ids, 5.0), rest, before), (latest_marker(), compress, ids)],
+            4: [(alike(compress, ids, 5.0), compress, compress), (alike(compress, ids, 5.0), rest, rest), (alike(compress, before), compress, compress)],
+        }.get(index, [(alike(compress, before), compress, compress)])
         for head, ((query, key), source, target) in enumerate(heads):
             part = slice(head * head_dim, (head + 1) * head_dim)
             attention.q_proj.weight[part] += query
@@ -477,8 +482,9 @@ def main() -> None:
     most, step, before, mastery, mastered_at = 3, 0, 0.0, 0.0, 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=False)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        missing, _ = model.load_state_dict(saved["model"], strict=False)
+        if not missing:  # layers that were added start afresh, and with them the optimizer
+            optimizer.load_state_dict(saved["optimizer"])
         most, step, before = saved["most"], saved["step"], saved["seconds"]
         skills.hardness = saved["hardness"]
         skills.rng.setstate(saved["rng"])
