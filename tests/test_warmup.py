@@ -1,10 +1,15 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import gzip
+import json
+
 import pytest
 
+from trl_dro.data import DatasetError
 from trl_dro.data.synthetic import synthetic_world
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptBuilder
 from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
-from trl_dro.warmup import generator_examples, selector_examples
+from trl_dro.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
 
 from .tiny_models import TOKENIZERS
 
@@ -66,3 +71,60 @@ def test_the_generator_reads_the_retrievers_first_documents_and_answers(tokenize
         assert prompt(row) == prompts(record["question"], record["documents"][:NUM_SELECTED])
         answer = tokenizer(record["answers"][0], add_special_tokens=False).input_ids
         assert completion(row) == [*answer, tokenizer.eos_token_id]
+
+
+def test_relevant_documents_come_first_and_the_others_keep_their_order(records):
+    for record in records:
+        documents = relevant_first(record)["documents"]
+        positives = [document["id"] in record["positive_ids"] for document in documents]
+        assert positives == sorted(positives, reverse=True)
+        rest = [document for document in record["documents"] if document["id"] not in record["positive_ids"]]
+        assert documents[sum(positives) :] == rest
+    unlabelled = {**record, "positive_ids": None, "answers": [record["documents"][4]["text"]]}
+    assert relevant_first(unlabelled)["documents"][0] == record["documents"][4]
+
+
+PROMPT = (
+    "I will provide you with 4 passages, each indicated by number identifier [].\n"
+    "[1] about Paris\n[2] about Rome, [7] hills\n[3] about Oslo\n[4] about Bern\n"
+    "Search Query: which city has hills?.\nRank the 4 passages above."
+)
+
+
+def conversation(ranking, prompt=PROMPT):
+    turns = [("system", "You are a ranker."), ("human", prompt), ("gpt", ranking)]
+    return {"id": "1", "conversations": [{"from": name, "value": value} for name, value in turns]}
+
+
+@pytest.mark.parametrize("name", ["rankings.jsonl", "rankings.jsonl.gz"])
+def test_rankings_of_another_reranker_become_records_in_its_order(tmp_path, tokenizer, name):
+    lines = "".join(json.dumps(conversation(ranking)) + "\n" for ranking in ("[2] > [4] > [1] > [3]", "[3] > [1]"))
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.write(lines)
+    records = read_listwise_rankings(tmp_path / name)
+    assert [record["question"] for record in records] == ["which city has hills?"] * 2
+    assert records[0]["documents"][0]["text"] == "about Rome, [7] hills"
+    assert [[document["id"] for document in record["documents"]] for record in records] == [
+        ["2", "4", "1", "3"],
+        ["3", "1", "2", "4"],
+    ]
+    codec = PermutationCodec(tokenizer, 4, NUM_SELECTED)
+    prompts = PromptBuilder(tokenizer, SELECTOR_TEMPLATE, NUM_SELECTED)
+    rows = selector_examples(records, prompts, codec, rank_noise=0.0, shuffle_candidates=False)
+    assert all(codec.decode(completion(row)) == [1, 2, 3] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"conversations": []}, "line 1, key conversations: must have"),
+        ({"messages": "no"}, "line 1, key conversations: must have"),
+        (conversation("[2] > [1]", "Search Query: x\n[1] a\n[3] b"), "line 1: the human's turn needs"),
+        (conversation("[2] > [1]", "[1] a\n[2] b"), "line 1: the human's turn needs"),
+        (conversation("none of them"), "line 1: the assistant's turn ranks none of the 4 passages"),
+    ],
+)
+def test_broken_rankings_are_named_by_file_and_line(tmp_path, row, message):
+    (tmp_path / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DatasetError, match=message):
+        read_listwise_rankings(tmp_path / "rankings.jsonl")

@@ -1,15 +1,24 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Training sets with which TRL's `SFTTrainer` warms up the two roles before DRO, in the very tokens that DRO uses."""
 
+import os
 import random
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .data.schema import Record
-from .permutation import PermutationCodec
+from .data.lines import read_jsonl
+from .data.schema import DatasetError, Document, Record
+from .metrics.text import has_answer
+from .permutation import PermutationCodec, parse_permutation
 from .prompts import PromptBuilder, answer_ids
+
+
+_PASSAGE = re.compile(r"^\[(\d+)\] *(.*\S) *$", re.MULTILINE)
+_QUERY = re.compile(r"^Search Query: *(.+?) *$", re.MULTILINE)
 
 
 def selector_examples(
@@ -21,17 +30,19 @@ def selector_examples(
     seed: int = 0,
 ) -> Dataset:
     """
-    Permutations of a mediocre teacher, the retriever: its ranks with Gaussian noise on them.
+    Permutations of a teacher: the order in which the records have their documents, with Gaussian noise on the ranks.
+    Records as they are retrieved make the retriever the teacher; see [`relevant_first`] and
+    [`read_listwise_rankings`] for better ones.
 
     Args:
         records (`Iterable[Record]`):
-            Records with as many candidates, in retrieval order, as the selector is to see.
+            Records with as many candidates, in the teacher's order, as the selector is to see.
         prompts ([`~prompts.PromptBuilder`]):
             Prompts of the selector.
         codec ([`~permutation.PermutationCodec`]):
             Form in which permutations are written, and their length K.
         rank_noise (`float`, *optional*, defaults to `5.0`):
-            Standard deviation of the noise, in ranks. `0` teaches the retriever's order itself.
+            Standard deviation of the noise, in ranks. `0` teaches the order itself.
         shuffle_candidates (`bool`, *optional*, defaults to `True`):
             Show the candidates in random order, as DRO does in training, so that a place in the prompt means nothing.
         seed (`int`, *optional*, defaults to `0`):
@@ -53,6 +64,56 @@ def selector_examples(
         completion, _ = codec.encode([order.index(rank) + 1 for rank in ranking], len(documents))
         rows.append(_example(prompt, completion))
     return Dataset.from_list(rows)
+
+
+def relevant_first(record: Record) -> Record:
+    """
+    A record whose relevant documents stand first, the others behind them in their order: those of `positive_ids` or,
+    where there are none, those that contain an answer.
+    """
+    positives = record.get("positive_ids")
+
+    def is_relevant(document: Any) -> bool:
+        return document.get("id") in positives if positives else has_answer(document["text"], record["answers"])
+
+    return {**record, "documents": sorted(record["documents"], key=lambda document: not is_relevant(document))}
+
+
+def read_listwise_rankings(path: str | os.PathLike) -> list[Record]:
+    """
+    Reads rankings of another listwise reranker in the form that RankZephyr was trained on
+    (`castorini/rank_zephyr_training_data`): `conversations` of a system's, a human's and an assistant's turn. The
+    human's has a passage per line, `[1] …`, and `Search Query: …`; the assistant's ranks them, `[3] > [1] > …`.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            File, `.jsonl` or `.jsonl.gz`.
+
+    Returns:
+        `list[Record]`: `question`, `answers` (empty: there are none) and `documents`, the ranked ones first and those
+        that the ranking leaves out behind them; for [`selector_examples`].
+
+    Raises:
+        `DatasetError`: a line has no such conversation; the message names the line.
+    """
+    records: list[Record] = []
+    for where, row in read_jsonl(path, show_progress=True):
+        values = [turn.get("value") for turn in row.get("conversations") or [] if isinstance(turn, dict)]
+        turns = [value for value in values if isinstance(value, str)]
+        if len(turns) < 3:
+            raise DatasetError(f"{where}, key conversations: must have a system's, a human's and an assistant's turn")
+        prompt, ranking = turns[-2:]
+        passages = {int(number): text for number, text in _PASSAGE.findall(prompt)}
+        query = _QUERY.search(prompt)
+        if query is None or sorted(passages) != list(range(1, len(passages) + 1)) or not passages:
+            raise DatasetError(f"{where}: the human's turn needs 'Search Query: …' and passages '[1] …', '[2] …'")
+        ranked = parse_permutation(ranking, len(passages), len(passages)).permutation
+        if not ranked:
+            raise DatasetError(f"{where}: the assistant's turn ranks none of the {len(passages)} passages")
+        order = [*ranked, *(number for number in passages if number not in ranked)]
+        documents = [Document(id=str(number), title="", text=passages[number]) for number in order]
+        records.append({"question": query[1].rstrip(".").strip(), "answers": [], "documents": documents})
+    return records
 
 
 def generator_examples(records: Iterable[Record], prompts: PromptBuilder) -> Dataset:

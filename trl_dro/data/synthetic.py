@@ -105,7 +105,9 @@ class Relation:
 
 def _relations(subject: Kind, table: str) -> tuple[Relation, ...]:
     rows = (line.split(maxsplit=3) for line in table.strip().splitlines())
-    return tuple(Relation(subject, value, participle, preposition, noun) for value, participle, preposition, noun in rows)  # type: ignore[arg-type]
+    return tuple(
+        Relation(subject, value, participle, preposition, noun) for value, participle, preposition, noun in rows
+    )  # type: ignore[arg-type]
 
 
 RELATIONS = (
@@ -228,7 +230,10 @@ def state(rng: random.Random, fact: Fact) -> str:
     if fact.uses_noun:
         frames = ("The {noun} of {name} was {value}.", "{value} was the {noun} of {name}.")
     else:
-        frames = ("{name} was {participle} {preposition} {value}.", "It was {preposition} {value} that {name} was {participle}.")
+        frames = (
+            "{name} was {participle} {preposition} {value}.",
+            "It was {preposition} {value} that {name} was {participle}.",
+        )
     text = rng.choice(frames).format(
         name=name,
         value=value,
