@@ -33,14 +33,15 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_dro import DROConfig, DROTrainer, RAGPipeline
 from trl_dro.data import load_records
+from trl_dro.data.synthetic import synthetic_world
 from trl_dro.evaluation import run
 from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
-from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, demo_system
+from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
 
 
 DEMO_PROMPTS = {
     "num_selected": 2,
-    "max_candidates": 5,
+    "max_candidates": 10,
     "max_answer_length": 8,
     "selector_template": SELECTOR_TEMPLATE,
     "generator_template": GENERATOR_TEMPLATE,
@@ -69,16 +70,14 @@ class DataArguments:
             raise ValueError("--model_name_or_path and --dataset_name go together; leave out both for the demo")
 
 
-def load(args: DataArguments, folder: Path, seed: int) -> tuple[str, dict, Dataset, Dataset]:
+def load(args: DataArguments, seed: int) -> tuple[str, dict, Dataset, Dataset]:
     """Model folder or id, settings of its prompts, training and evaluation set."""
     if args.model_name_or_path and args.dataset_name:
         splits = (args.dataset_train_split, args.dataset_test_split)
         train_dataset, eval_dataset = (load_records(args.dataset_name, split) for split in splits)
         return args.model_name_or_path, {}, train_dataset, eval_dataset
-    model, tokenizer, train_dataset, eval_dataset = demo_system(seed=seed)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return str(folder / "model"), DEMO_PROMPTS, train_dataset, eval_dataset
+    train_dataset, eval_dataset = synthetic_world(320, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
+    return str(TINY_MODEL), DEMO_PROMPTS, train_dataset, eval_dataset
 
 
 def train_dro(model: str, prompts: dict, dataset: Dataset, args: GRPOConfig, folder: Path) -> None:
@@ -123,7 +122,7 @@ def train_grpo(pipe: RAGPipeline, model: str, dataset: Dataset, args: GRPOConfig
 def main(data_args: DataArguments, args: GRPOConfig) -> None:
     set_seed(args.seed)
     folder = Path(args.output_dir)
-    model, prompts, train_dataset, eval_dataset = load(data_args, folder, args.seed)
+    model, prompts, train_dataset, eval_dataset = load(data_args, args.seed)
     untrained = RAGPipeline.from_pretrained(model, **prompts)
     train_dro(model, prompts, train_dataset, args, folder / "dro")
     train_grpo(untrained, model, train_dataset, args, folder / "grpo")

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig, TrlParser
 
-from ..test_dro_trainer import make_dataset
-from ..tiny_models import bpe_tokenizer, tiny_llama
+from trl_dro.data.synthetic import synthetic_world
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +18,7 @@ def script():
 
 
 def test_both_trainers_train_and_are_compared(script, tmp_path, monkeypatch, capsys):
-    tokenizer = bpe_tokenizer(split_digits=False)
-    dataset = make_dataset(6)
-    monkeypatch.setattr(script, "demo_system", lambda seed: (tiny_llama(tokenizer), tokenizer, dataset, dataset))
+    monkeypatch.setattr(script, "synthetic_world", lambda *_, **settings: synthetic_world(6, 6, **settings))
     arguments = [*script.DEMO_ARGUMENTS.split(), "--output_dir", tmp_path, "--max_steps", 1, "--num_generations", 2]
     arguments += ["--per_device_train_batch_size", 4, "--use_cpu"]
     parser = TrlParser((script.DataArguments, GRPOConfig))
