@@ -24,7 +24,7 @@ from trl_dro import DROConfig, DROTrainer
 from trl_dro.data.synthetic import synthetic_world
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptBuilder
-from trl_dro.roles import ROLES
+from trl_dro.roles import ROLES, load_role_adapters
 from trl_dro.tiny import TINY_MODEL
 from trl_dro.warmup import generator_examples, selector_examples
 
@@ -85,10 +85,7 @@ def warm_up(world: WorldArguments, args: DROConfig, peft_config: LoraConfig, rec
         )
         trainer.train()
         trainer.save_model()
-    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
-    model = PeftModel.from_pretrained(base, folders["selector"], adapter_name="selector", is_trainable=True)
-    model.load_adapter(folders["generator"], adapter_name="generator", is_trainable=True)
-    return model
+    return load_role_adapters(AutoModelForCausalLM.from_pretrained(TINY_MODEL), **folders)
 
 
 def print_table(before: dict[str, float], after: dict[str, float]) -> None:
@@ -108,7 +105,9 @@ def print_table(before: dict[str, float], after: dict[str, float]) -> None:
     Console().print(table)
 
 
-def save_figure(before: dict[str, float], after: dict[str, float], history: list[dict[str, float]], path: Path) -> None:
+def save_figure(
+    before: dict[str, float], after: dict[str, float], history: list[dict[str, float]], path: Path
+) -> None:
     """Scores before and after, and the bound on the answers' log-likelihood while training."""
     figure, (scores, bound) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     names = {"em": "EM", "f1": "F1", "recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5"}

@@ -2,20 +2,21 @@
 """An invented world: people, places, works and organisations, facts about them as short encyclopedia passages, and
 questions whose candidates are retrieved with BM25 from all passages.
 
-Questions seldom repeat the wording of the passage that answers them: who was "employed by" a guild is asked for by its
-"employer", so BM25, which does not stem, finds the right name and is left to guess among its passages. Other candidates
-state the same fact about another name. Two-hop questions name the second person only by an indirect description, which
-fits a dozen people of the same nationality; which of them is meant stands in the first passage.
+Questions seldom repeat the wording of the passage that answers them: who was "employed by" a guild is asked for by
+its "employer", so BM25, which does not stem, finds the right name and is left to guess among its passages. Other
+candidates state the same fact about another name. Two-hop questions name the second person only by an indirect
+description, which fits a dozen people of the same nationality; which of them is meant stands in the first passage.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset
 
 from ..retrieval import BM25Retriever, retrieve_candidates
+from .schema import Document
 
 
 Kind = Literal["person", "place", "work", "organisation"]
@@ -23,19 +24,19 @@ Split = Literal["train", "eval", "pretrain"]
 
 FIRST_NAMES = """
 Ada Agnes Alma Anton Arne Astrid Bela Boris Bruno Carla Clara Cosmo Dag Dora Edda Elena Elsa Emil Enzo Erik Felix
-Finn Flora Frida Gerda Gianni Greta Gustav Hanna Hedda Helga Hugo Igor Ilse Ines Ingrid Irma Ivo Jan Jonas Judit Julia
-Karin Klara Knut Lars Laszlo Lea Lena Leo Lotte Luca Magda Maja Mara Marco Marta Matteo Milan Mina Nadia Nils Nina Noemi
-Nora Olaf Olga Oskar Otto Pablo Paula Pavel Petra Pia Rafael Ragna Rita Rosa Ruth Sara Sigrid Silvia Simon Sofia Sonja
-Stefan Sven Tilda Timo Ugo Ulla Vera Viktor Vito Wanda Xenia Yara Yuri Zita Zoran
+Finn Flora Frida Gerda Gianni Greta Gustav Hanna Hedda Helga Hugo Igor Ilse Ines Ingrid Irma Ivo Jan Jonas Judit
+Julia Karin Klara Knut Lars Laszlo Lea Lena Leo Lotte Luca Magda Maja Mara Marco Marta Matteo Milan Mina Nadia Nils
+Nina Noemi Nora Olaf Olga Oskar Otto Pablo Paula Pavel Petra Pia Rafael Ragna Rita Rosa Ruth Sara Sigrid Silvia Simon
+Sofia Sonja Stefan Sven Tilda Timo Ugo Ulla Vera Viktor Vito Wanda Xenia Yara Yuri Zita Zoran
 """.split()
 LAST_NAMES = """
 Abel Alba Amato Arvid Bach Balint Banyai Berg Bianchi Blum Borg Brandt Bravo Bruun Calvo Caruso Celik Conti Costa
-Croft Dahl Demir Diaz Drago Duval Ekman Elias Endo Falk Faust Ferro Fiala Fink Foss Franco Frost Gallo Garay Gero Glass
-Grau Grimm Haas Hahn Halla Haug Heidt Hess Holm Horak Huld Ibsen Ito Jara Juhl Kafka Kant Kato Kim Klein Klimt Koch
-Kraus Krog Kubo Lamb Lang Laval Leclerc Lind Lopez Lund Magri Maly Mann Marek Matos Mendez Mirza Monti Mori Moss Muro
-Nagy Nemeth Neri Noll Novak Oda Olin Orban Ortiz Pace Palma Pasco Paz Pinto Plath Pohl Popa Quist Ramos Rask Reis Rizzo
-Roca Roth Rubio Rusk Sabo Salo Sato Schulz Serra Silva Skov Sokol Soto Stark Stein Sund Tanaka Thiel Toth Ueda Ulloa
-Vaca Valk Varga Vega Vogt Volta Wahl Weiss Wirth Wolf Xu Yilmaz Zapata Zeman Zorn
+Croft Dahl Demir Diaz Drago Duval Ekman Elias Endo Falk Faust Ferro Fiala Fink Foss Franco Frost Gallo Garay Gero
+Glass Grau Grimm Haas Hahn Halla Haug Heidt Hess Holm Horak Huld Ibsen Ito Jara Juhl Kafka Kant Kato Kim Klein Klimt
+Koch Kraus Krog Kubo Lamb Lang Laval Leclerc Lind Lopez Lund Magri Maly Mann Marek Matos Mendez Mirza Monti Mori Moss
+Muro Nagy Nemeth Neri Noll Novak Oda Olin Orban Ortiz Pace Palma Pasco Paz Pinto Plath Pohl Popa Quist Ramos Rask
+Reis Rizzo Roca Roth Rubio Rusk Sabo Salo Sato Schulz Serra Silva Skov Sokol Soto Stark Stein Sund Tanaka Thiel Toth
+Ueda Ulloa Vaca Valk Varga Vega Vogt Volta Wahl Weiss Wirth Wolf Xu Yilmaz Zapata Zeman Zorn
 """.split()
 PLACE_STARTS = """
 Al Amber Ash Bel Birk Black Bren Bright Bruns Cal Castel Cliff Cold Crow Dal Dark Deep Dorn Drum East Eichen Elm Fair
@@ -59,9 +60,9 @@ NOUNS = """
 Acrobat Anchor Angel Apple Archer Arrow Autumn Avenue Ballad Bell Bird Bridge Candle Canvas Carnival Castle Cathedral
 Circle Clock Cloud Comet Corridor Crown Dancer Daughter Desert Dream Eagle Echo Ember Falcon Feather Festival Fiddle
 Flame Forest Fountain Garden Ghost Giant Harbor Harvest Heart Horizon Island Jewel Journey Kingdom Ladder Lantern
-Letter Lion Mask Meadow Melody Mirror Monk Morning Mountain Museum Needle Nightingale Ocean Orchard Parade Pearl Pilgrim
-Promise Prophet Rain Ribbon River Rose Sailor Shadow Shepherd Shore Song Sparrow Statue Storm Summer Swallow Tempest
-Thief Tiger Tower Traveller Valley Violin Voyage Wheel Whisper Widow Window
+Letter Lion Mask Meadow Melody Mirror Monk Morning Mountain Museum Needle Nightingale Ocean Orchard Parade Pearl
+Pilgrim Promise Prophet Rain Ribbon River Rose Sailor Shadow Shepherd Shore Song Sparrow Statue Storm Summer Swallow
+Tempest Thief Tiger Tower Traveller Valley Violin Voyage Wheel Whisper Widow Window
 """.split()
 ORGANISATION_WORDS = """
 Acorn Alpine Arctic Aurora Azure Baltic Beacon Bronze Cedar Central Citadel Civic Cobalt Copper Coral Crescent Crystal
@@ -105,9 +106,7 @@ class Relation:
 
 def _relations(subject: Kind, table: str) -> tuple[Relation, ...]:
     rows = (line.split(maxsplit=3) for line in table.strip().splitlines())
-    return tuple(
-        Relation(subject, value, participle, preposition, noun) for value, participle, preposition, noun in rows
-    )  # type: ignore[arg-type]
+    return tuple(Relation(subject, cast(Kind, value), *words) for value, *words in rows)
 
 
 RELATIONS = (
@@ -272,7 +271,7 @@ class World:
         two_hop (`list[dict]`): questions that need two passages, in the order of `positive_ids`.
     """
 
-    corpus: list[dict[str, str]]
+    corpus: list[Document]
     single_hop: list[dict[str, Any]]
     two_hop: list[dict[str, Any]]
 
@@ -297,7 +296,7 @@ def draw_world(seed: int, split: Split, overlap: float = 0.2) -> World:
     entities = {kind: draw_entities(rng, kind, size, split) for kind, size in POPULATION.items()}
     facts = list(_draw_facts(rng, entities))
     rng.shuffle(facts)
-    corpus = [
+    corpus: list[Document] = [
         {"id": f"{split}-{number}", "title": fact.subject.name, "text": state(rng, fact)}
         for number, fact in enumerate(facts)
     ]
@@ -312,7 +311,7 @@ def draw_world(seed: int, split: Split, overlap: float = 0.2) -> World:
     described: dict[Entity, list[tuple[Fact, str]]] = {}
     for fact, passage in zip(facts, corpus, strict=True):
         if fact.subject.kind == "person" and fact.is_described:
-            described.setdefault(fact.subject, []).append((fact, passage["id"]))
+            described.setdefault(fact.subject, []).append((fact, str(passage["id"])))
     two_hop = []
     for first, passage in zip(facts, corpus, strict=True):
         if first.subject.kind != "person" and first.value.kind == "person":
