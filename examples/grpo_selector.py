@@ -9,26 +9,28 @@ Without arguments: the invented world and tiny model of the demo, offline, on tw
 python examples/grpo_selector.py
 ```
 
-With a model of your own, which both selects and answers, and a dataset with candidates:
+With a system of your own, a run folder, two SFT adapters or a model that does both, and a dataset with candidates:
 
 ```bash
-accelerate launch examples/grpo_selector.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct \
-    --dataset_name my-org/nq-top20 --dataset_test_split validation --learning_rate 1e-5 --max_completion_length 32
+accelerate launch examples/grpo_selector.py --system sft --dataset_name my-org/nq-top20 \
+    --dataset_test_split validation --learning_rate 1e-5 --max_completion_length 32
 ```
 
 DROTrainer samples valid permutations only and sees the likelihood of each; GRPOTrainer samples text, of which the
 reward makes what it can.
 """
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_dro import DROConfig, DROTrainer, RAGPipeline
@@ -36,6 +38,7 @@ from trl_dro.data import load_records
 from trl_dro.data.synthetic import synthetic_world
 from trl_dro.evaluation import run
 from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
+from trl_dro.roles import load_role_adapters
 from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
 
 
@@ -54,10 +57,15 @@ DEMO_ARGUMENTS = (
 
 
 @dataclass
-class DataArguments:
-    """Model and dataset; the demo's if neither is given."""
+class SystemArguments:
+    """System and dataset; the demo's if neither is given."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model of both roles."})
+    system: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where training starts: a folder with `selector/` and `generator/`, or a model of both roles."
+        },
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
@@ -66,21 +74,30 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
 
     def __post_init__(self):
-        if (self.model_name_or_path is None) != (self.dataset_name is None):
-            raise ValueError("--model_name_or_path and --dataset_name go together; leave out both for the demo")
+        if (self.system is None) != (self.dataset_name is None):
+            raise ValueError("--system and --dataset_name go together; leave out both for the demo")
 
 
-def load(args: DataArguments, seed: int) -> tuple[str, dict, Dataset, Dataset]:
-    """Model folder or id, settings of its prompts, training and evaluation set."""
-    if args.model_name_or_path and args.dataset_name:
+def load(args: SystemArguments, seed: int) -> tuple[str, dict, Dataset, Dataset]:
+    """Folder or id of the system, settings of its prompts, training and evaluation set."""
+    if args.system and args.dataset_name:
         splits = (args.dataset_train_split, args.dataset_test_split)
         train_dataset, eval_dataset = (load_records(args.dataset_name, split) for split in splits)
-        return args.model_name_or_path, {}, train_dataset, eval_dataset
+        return args.system, {}, train_dataset, eval_dataset
     train_dataset, eval_dataset = synthetic_world(320, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
     return str(TINY_MODEL), DEMO_PROMPTS, train_dataset, eval_dataset
 
 
-def train_dro(model: str, prompts: dict, dataset: Dataset, args: GRPOConfig, folder: Path) -> None:
+def lora() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def train_dro(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: Path) -> None:
+    selector, generator = system.sources["selector"], system.sources["generator"]
+    model: Any = generator.model
+    if selector.base is not None:
+        base = AutoModelForCausalLM.from_pretrained(generator.model, dtype="auto")
+        model = load_role_adapters(base, selector.path, generator.path)
     trainer = DROTrainer(
         model,
         DROConfig(
@@ -95,50 +112,60 @@ def train_dro(model: str, prompts: dict, dataset: Dataset, args: GRPOConfig, fol
             logging_steps=args.logging_steps,
             gradient_checkpointing=args.gradient_checkpointing,
             bf16=args.bf16,
+            use_cpu=args.use_cpu,
             save_strategy="no",
             report_to="none",
-            **prompts,
+            **vars(system.config),
         ),
         dataset,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
+        processing_class=system.rag.tokenizers["generator"],
+        peft_config=None if selector.base is not None else lora(),
     )
     trainer.train()
     trainer.save_model()
 
 
-def train_grpo(pipe: RAGPipeline, model: str, dataset: Dataset, args: GRPOConfig, folder: Path) -> None:
+def train_grpo(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: Path) -> None:
+    selector = system.sources["selector"]
+    model: Any = selector.model
+    if selector.base is not None:
+        base = AutoModelForCausalLM.from_pretrained(selector.base, dtype="auto")
+        model = PeftModel.from_pretrained(base, selector.path, is_trainable=True)
     trainer = GRPOTrainer(
         model,
-        AnswerLikelihoodReward(pipe.rag),
+        AnswerLikelihoodReward(system.rag),
         args,
-        prompt_dataset(dataset, pipe),
-        processing_class=pipe.rag.tokenizers["selector"],
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
+        prompt_dataset(dataset, system),
+        processing_class=system.rag.tokenizers["selector"],
+        peft_config=None if selector.base is not None else lora(),
     )
     trainer.train()
     trainer.save_model(str(folder))
 
 
-def main(data_args: DataArguments, args: GRPOConfig) -> None:
+def main(system_args: SystemArguments, args: GRPOConfig) -> None:
     set_seed(args.seed)
     folder = Path(args.output_dir)
-    model, prompts, train_dataset, eval_dataset = load(data_args, args.seed)
-    untrained = RAGPipeline.from_pretrained(model, **prompts)
-    train_dro(model, prompts, train_dataset, args, folder / "dro")
-    train_grpo(untrained, model, train_dataset, args, folder / "grpo")
+    path, prompts, train_dataset, eval_dataset = load(system_args, args.seed)
+    before = RAGPipeline.from_pretrained(path, **prompts)
+    train_dro(before, train_dataset, args, folder / "dro")
+    train_grpo(before, train_dataset, args, folder / "grpo")
 
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier run
+    num_selected = before.config.num_selected
     table = Table(title=f"Selector after {args.max_steps} updates, {len(eval_dataset)} questions, %")
-    for heading in ("", "exact match", "Recall@1", f"Recall@{untrained.config.num_selected}"):
+    for heading in ("", "exact match", "Recall@1", f"Recall@{num_selected}"):
         table.add_column(heading, justify="right" if heading else "left")
-    names = ("em", "recall@1", f"recall@{min(5, untrained.config.num_selected)}")
+    base = before.sources["selector"].base
     for label, selector in (("before", None), ("DROTrainer", folder / "dro"), ("GRPOTrainer", folder / "grpo")):
-        pipe = untrained if selector is None else RAGPipeline.from_pretrained(model, selector=selector, **prompts)
-        rows = run(
-            lambda pipe=pipe: pipe, eval_dataset, folder / "evaluation" / label, settings={"steps": args.max_steps}
-        )
+        pipe = before
+        if selector is not None:
+            pipe = RAGPipeline.from_pretrained(path, selector=selector, base_model=base, **prompts)
+        rows = run(lambda pipe=pipe: pipe, eval_dataset, folder / "evaluation" / label)
+        names = ("em", "recall@1", f"recall@{min(5, num_selected)}")
         table.add_row(label, *(f"{100 * sum(row[name] for row in rows) / len(rows):.1f}" for name in names))
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DataArguments, GRPOConfig)).parse_args_and_config(sys.argv[1:] or DEMO_ARGUMENTS.split()))
+    main(*TrlParser((SystemArguments, GRPOConfig)).parse_args_and_config(sys.argv[1:] or DEMO_ARGUMENTS.split()))

@@ -3,9 +3,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import DatasetDict
+from safetensors.torch import load_file
 from trl import GRPOConfig, TrlParser
 
-from trl_dro.data.synthetic import synthetic_world
+from ..test_dro_trainer import make_dataset
+from ..test_faults import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -17,18 +21,34 @@ def script():
     return module
 
 
-def test_both_trainers_train_and_are_compared(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "synthetic_world", lambda *_, **settings: synthetic_world(6, 6, **settings))
-    arguments = [*script.DEMO_ARGUMENTS.split(), "--output_dir", tmp_path, "--max_steps", 1, "--num_generations", 2]
-    arguments += ["--per_device_train_batch_size", 4, "--use_cpu"]
-    parser = TrlParser((script.DataArguments, GRPOConfig))
+def train(script, folder, *more):
+    arguments = [*script.DEMO_ARGUMENTS.split(), "--output_dir", folder, "--max_steps", 1, "--num_generations", 2]
+    arguments += ["--per_device_train_batch_size", 4, "--use_cpu", *more]
+    parser = TrlParser((script.SystemArguments, GRPOConfig))
     script.main(*parser.parse_args_and_config([str(each) for each in arguments]))
-    for folder in ("dro/selector", "grpo"):
-        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+    for adapter in ("dro/selector", "grpo"):
+        assert (folder / adapter / "adapter_model.safetensors").is_file()
+
+
+def test_both_trainers_train_the_demos_selector_and_are_compared(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "synthetic_world", lambda *a, **k: (make_dataset(6, 10), make_dataset(3, 10)))
+    train(script, tmp_path)
     output = capsys.readouterr().out
     assert all(name in output for name in ("before", "DROTrainer", "GRPOTrainer"))
 
 
-def test_a_model_without_a_dataset_is_refused(script):
+def test_both_trainers_go_on_from_the_adapters_of_a_run(script, tmp_path):
+    make_trainer(tmp_path / "run").save_model()
+    DatasetDict({"train": make_dataset(6), "test": make_dataset(3)}).save_to_disk(tmp_path / "data")
+    train(script, tmp_path / "out", "--system", tmp_path / "run", "--dataset_name", tmp_path / "data")
+    start = load_file(tmp_path / "run" / "selector" / "adapter_model.safetensors")
+    for adapter in ("dro/selector", "grpo"):
+        end = load_file(tmp_path / "out" / adapter / "adapter_model.safetensors")
+        assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+        # Not begun anew: after one small update the weights are still near where they were.
+        assert all(torch.allclose(start[name], end[name], atol=0.05) for name in start)
+
+
+def test_a_system_without_a_dataset_is_refused(script):
     with pytest.raises(ValueError, match="go together"):
-        script.DataArguments(model_name_or_path="model")
+        script.SystemArguments(system="run")
