@@ -48,7 +48,9 @@ def files(tmp_path):
 def test_every_recipe_parses(script, recipe, monkeypatch):
     # A recipe for a GPU asks for what this machine may lack.
     _, args, _ = parse(
-        script, "--config", recipe, "--bf16", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"
+        script,
+        *("--config", recipe, "--dataset_name", "data"),
+        *("--bf16", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"),
     )
     assert isinstance(args, DROConfig)
 
