@@ -41,7 +41,15 @@ from learning_variants import (
 )
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_dro import DROConfig, DROTrainer
@@ -100,7 +108,7 @@ class Setting:
             that misses the others would rank them.
         shuffled_answers (`bool`): whether training questions have the answers of others.
         selector_warmup (`bool`): whether the selector is warmed up, like the generator.
-        selector_layers (`int`, *optional*): layers of a selector with a base of its own, cut off from the tiny model.
+        dropped_layers (`int`): last layers of the tiny model that the selector, with a base of its own, does without.
         probe (`Callable`, *optional*): measures more of a trainer at every evaluation.
     """
 
@@ -113,7 +121,7 @@ class Setting:
     retrieved_share: float = 1.0
     shuffled_answers: bool = False
     selector_warmup: bool = True
-    selector_layers: int | None = None
+    dropped_layers: int = 0
     probe: Callable[[DROTrainer, int], dict[str, float]] | None = None
 
     def definition(self) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting(f"top {half}", num_candidates=half),
             Setting(f"{size.num_candidates} of top {2 * size.num_candidates}", retrieved_share=0.5),
             Setting("selector not warmed up", selector_warmup=False),
-            Setting("selector of 4 layers", selector_layers=4),
+            Setting("selector without the last layer", dropped_layers=1),
         ],
         "context": [
             Setting("joint", probe=context_reliance),
@@ -307,23 +315,23 @@ class Run:
             self.eval_dataset,
             self.tokenizer,
             get_peft_config(ModelConfig(**of_recipe(ModelConfig))),
-            selector_model=None if setting.selector_layers is None else self.base("selector"),
+            selector_model=self.base("selector") if setting.dropped_layers else None,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def base(self, role: Role) -> Any:
-        layers = {}
-        if role == "selector" and self.setting.selector_layers is not None:
-            layers = {"num_hidden_layers": self.setting.selector_layers}
-        return AutoModelForCausalLM.from_pretrained(TINY_MODEL, **layers)
+        config = AutoConfig.from_pretrained(TINY_MODEL)
+        if role == "selector":
+            config.num_hidden_layers -= self.setting.dropped_layers
+        return AutoModelForCausalLM.from_pretrained(TINY_MODEL, config=config)
 
     def warm_start(self) -> Path:
         """Folder with both adapters, made once for all settings that can share it."""
         setting, size = self.setting, self.size
         key = digest(
             [setting.two_hop, self.num_candidates, setting.retrieved_share],
-            [setting.selector_warmup, setting.selector_layers],
+            [setting.selector_warmup, setting.dropped_layers],
             [asdict(size), RECIPE, model_digest(), self.world_seed, self.seed],
         )
         folder = self.out / "warm_starts" / key
@@ -471,6 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} and not {Size()}")
     args = parser.parse_args(arguments)
     disable_progress_bars()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
 
     size = QUICK if args.quick else Size()

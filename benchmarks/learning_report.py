@@ -10,15 +10,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t
 
+
+try:
+    import matplotlib
+    from scipy.stats import t
+except ImportError as error:
+    raise ImportError(f"{error.name} is missing: pip install trl_dro[dev,plots]") from error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 
 Row = dict[str, Any]
@@ -249,7 +254,7 @@ def variance_figure(rows: list[Row]) -> plt.Figure:
     axes.flat[5].set(xscale="log", xlabel="m", ylabel="EM, %", title="after the last iteration")
     for axis in axes.flat:
         axis.set_xticks(NUM_PERMUTATIONS, NUM_PERMUTATIONS)
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
