@@ -17,6 +17,7 @@ repeated, nor one that occurs in two experiments; one that was cut short starts 
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from learning_variants import (
     DocumentwiseTrainer,
     UncorrectedTrainer,
     UniformTrainer,
+    answers_first,
     context_reliance,
     estimator_variance,
+    shuffle_answers,
 )
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
@@ -54,7 +57,6 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.data.synthetic import synthetic_world
-from trl_dro.metrics.text import has_answer
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptBuilder
 from trl_dro.roles import ROLES, Role
@@ -66,6 +68,7 @@ from trl_dro.warmup import generator_examples, selector_examples
 RECIPE = yaml.safe_load((Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
 WARMUP_RATE = RECIPE.get("warmup_learning_rate", 2e-3)
 RANK_NOISE = RECIPE.get("rank_noise", 5.0)
+TWO_HOP_DEPTH = 40
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,10 @@ class Setting:
     selector_warmup: bool = True
     dropped_layers: int = 0
     probe: Callable[[DROTrainer, int], dict[str, float]] | None = None
+
+    def world(self, size: Size, world_seed: int) -> tuple:
+        """Arguments of [`load_world`]."""
+        return size, world_seed, self.two_hop, self.num_candidates or size.num_candidates, self.retrieved_share
 
     def definition(self) -> dict[str, Any]:
         """All but the name, as JSON can write it."""
@@ -199,10 +206,16 @@ def model_digest() -> str:
     return hashlib.sha256((TINY_MODEL / "model.safetensors").read_bytes()).hexdigest()
 
 
+@cache
+def data_digest(*world: Any) -> str:
+    return digest(*(dataset.to_list() for dataset in load_world(*world)))
+
+
 def run_id(setting: Setting, size: Size, world_seed: int, seed: int) -> str:
     """The same for runs that would give the same rows."""
     definition = {**setting.definition(), "dro": {"num_permutations": size.num_permutations, **setting.dro}}
-    return digest(definition, asdict(size), RECIPE, model_digest(), world_seed, seed)
+    data = data_digest(*setting.world(size, world_seed))
+    return digest(definition, asdict(size), RECIPE, model_digest(), data, world_seed, seed)
 
 
 # Data
@@ -212,31 +225,29 @@ def run_id(setting: Setting, size: Size, world_seed: int, seed: int) -> str:
 def load_world(
     size: Size, world_seed: int, two_hop: bool, num_candidates: int, retrieved_share: float
 ) -> tuple[Dataset, Dataset]:
-    """Training and evaluation questions."""
-    retrieved = round(num_candidates / retrieved_share)
+    """
+    Training and evaluation questions with `num_candidates` candidates. Those of two-hop questions are both passages
+    that are needed and others of BM25's first `TWO_HOP_DEPTH`, whose first 20 have both for less than half of them.
+    """
+    retrieved = TWO_HOP_DEPTH if two_hop else round(num_candidates / retrieved_share)
     rng = random.Random(world_seed)
 
-    def miss(record: dict[str, Any]) -> dict[str, Any]:
-        ranks = sorted(rng.sample(range(retrieved), num_candidates))
-        return {"documents": [record["documents"][rank] for rank in ranks]}
+    def choose(record: dict[str, Any]) -> dict[str, Any]:
+        needed = record["positive_ids"] if two_hop else []
+        shown = [rank for rank, document in enumerate(record["documents"]) if document["id"] in needed]
+        others = [rank for rank in range(retrieved) if rank not in shown]
+        ranks = sorted(shown + rng.sample(others, num_candidates - len(shown)))
+        return {**record, "documents": [record["documents"][rank] for rank in ranks]}
 
-    datasets = synthetic_world(size.num_train, size.num_eval, world_seed, float(two_hop), retrieved)
-    if retrieved == num_candidates:
-        return datasets
-    train, test = (Dataset.from_list([{**record, **miss(record)} for record in dataset]) for dataset in datasets)
+    def is_answerable(record: dict[str, Any]) -> bool:
+        return not two_hop or set(record["positive_ids"]) <= {document["id"] for document in record["documents"]}
+
+    numbers = (size.num_train, size.num_eval)
+    drawn = [math.ceil(1.5 * number) if two_hop else number for number in numbers]
+    datasets = synthetic_world(*drawn, world_seed, float(two_hop), retrieved)
+    kept = [[choose(record) for record in dataset if is_answerable(record)] for dataset in datasets]
+    train, test = (Dataset.from_list(rows[:number]) for rows, number in zip(kept, numbers, strict=True))
     return train, test
-
-
-def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
-    answers = list(dataset["answers"])
-    random.Random(seed).shuffle(answers)
-    return Dataset.from_list([{**record, "answers": a} for record, a in zip(dataset, answers, strict=True)])
-
-
-def answers_first(record: dict[str, Any]) -> dict[str, Any]:
-    """Candidates that contain an answer, then the others, each in the retriever's order."""
-    documents = sorted(record["documents"], key=lambda document: not has_answer(document["text"], record["answers"]))
-    return {**record, "documents": documents}
 
 
 # Runs
@@ -255,9 +266,8 @@ class Run:
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
         self.num_candidates = self.setting.num_candidates or self.size.num_candidates
-        self.train_dataset, self.eval_dataset = load_world(
-            self.size, self.world_seed, self.setting.two_hop, self.num_candidates, self.setting.retrieved_share
-        )
+        self.world = self.setting.world(self.size, self.world_seed)
+        self.train_dataset, self.eval_dataset = load_world(*self.world)
 
     def execute(self, record: Callable[[int, dict[str, float]], None]) -> None:
         """Trains, and calls `record` with every iteration's number and metrics."""
@@ -330,9 +340,8 @@ class Run:
         """Folder with both adapters, made once for all settings that can share it."""
         setting, size = self.setting, self.size
         key = digest(
-            [setting.two_hop, self.num_candidates, setting.retrieved_share],
             [setting.selector_warmup, setting.dropped_layers],
-            [asdict(size), RECIPE, model_digest(), self.world_seed, self.seed],
+            [asdict(size), RECIPE, model_digest(), data_digest(*self.world), self.seed],
         )
         folder = self.out / "warm_starts" / key
         if not folder.exists():
@@ -437,11 +446,11 @@ def run_all(
         for name, settings in experiments.items()
         for setting in settings
     ]
-    wanted = {}
+    wanted = set()
     with tqdm(plan, unit="run") as progress:
         for experiment, setting, seed in progress:
             run = run_id(setting, size, world_seed, seed)
-            wanted[run, experiment, setting.name] = None
+            wanted.add((run, experiment, setting.name))
             labels = {"experiment": experiment, "setting": setting.name, "world_seed": world_seed, "seed": seed}
             found = results.of(run)
             if (experiment, setting.name) in found:
@@ -454,14 +463,10 @@ def run_all(
             start = time.perf_counter()
 
             def record(iteration: int, metrics: dict[str, float], labels=labels, run=run, start=start) -> None:
-                numbers = {("iwae" if name == "iwae_bound" else name): value for name, value in metrics.items()}
-                numbers = {name: value for name, value in numbers.items() if not name.endswith("per_second")}
-                seconds = time.perf_counter() - start
-                results.add(
-                    labels
-                    | {"iteration": iteration, **numbers, "seconds": round(seconds, 1)}
-                    | {"iterations": size.iterations, "run": run}
-                )
+                numbers = {name: value for name, value in metrics.items() if not name.endswith("per_second")}
+                numbers |= {"iwae": numbers.pop("iwae_bound"), "seconds": round(time.perf_counter() - start, 1)}
+                numbers |= {"iterations": size.iterations, "run": run}
+                results.add(labels | {"iteration": iteration} | numbers)
                 scores = ", ".join(f"{name} {numbers[name]:.3f}" for name in ("em", "recall@1", "iwae"))
                 tqdm.write(f"{labels['setting']}, seed {labels['seed']}, iteration {iteration}: {scores}")
 
@@ -470,10 +475,9 @@ def run_all(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    names = list(all_experiments(Size()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/learning"), help="folder for results and figures")
-    parser.add_argument("--experiment", choices=[*names, "all"], default="iterations")
+    parser.add_argument("--experiment", choices=[*all_experiments(QUICK), "all"], default="iterations")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of warm start and training")
     parser.add_argument("--world-seed", type=int, default=0, help="seed of the world")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} and not {Size()}")

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""What `learning.py` compares DRO with, and what it measures beyond the trainer's own metrics."""
+"""What `learning.py` compares DRO with, trainers and data, and what it measures beyond the trainer's own metrics."""
 
 import random
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from trl_dro import DROTrainer
@@ -15,6 +16,18 @@ from trl_dro.metrics.text import exact_match, has_answer
 from trl_dro.permutation import PermutationCodec, PermutationSamples
 from trl_dro.rag_model import RAGModel
 from trl_dro.schedule import MicroBatch
+
+
+def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
+    answers = list(dataset["answers"])
+    random.Random(seed).shuffle(answers)
+    return Dataset.from_list([{**record, "answers": a} for record, a in zip(dataset, answers, strict=True)])
+
+
+def answers_first(record: dict[str, Any]) -> dict[str, Any]:
+    """Candidates that contain an answer, then the others, each in the retriever's order."""
+    documents = sorted(record["documents"], key=lambda document: not has_answer(document["text"], record["answers"]))
+    return {**record, "documents": documents}
 
 
 class UncorrectedTrainer(DROTrainer):

@@ -117,6 +117,7 @@ def test_a_run_is_executed_once_for_all_experiments_and_calls(tmp_path, monkeypa
                 record(iteration, {"em": 0.5, "recall@1": 0.5, "iwae_bound": -1.0})
 
     monkeypatch.setattr(learning, "Run", FakeRun)
+    monkeypatch.setattr(learning, "data_digest", lambda *world: str(world))
     size = learning.Size()
     experiments = {name: learning.all_experiments(size)[name] for name in ("iterations", "controls")}
     for _ in range(2):
@@ -129,8 +130,10 @@ def test_a_run_is_executed_once_for_all_experiments_and_calls(tmp_path, monkeypa
     assert counts["iterations", "joint"] == counts["controls", "joint"] == 6
 
 
-def test_runs_are_told_apart_by_all_that_changes_them():
+def test_runs_are_told_apart_by_all_that_changes_them(monkeypatch):
     import learning
+
+    monkeypatch.setattr(learning, "data_digest", lambda *world: str(world))
 
     size = learning.Size()
     settings = [setting for settings in learning.all_experiments(size).values() for setting in settings]
@@ -217,6 +220,18 @@ def test_reliance_asks_with_another_name_of_the_same_kind_in_the_passages(make_t
     for question in shown:
         assert not any(question["answers"][0] in document["text"] for document in question["documents"])
     assert reliance["keeps"] == 0
+
+
+def test_two_hop_questions_have_both_passages_among_their_candidates():
+    from learning import Size, load_world
+
+    size = Size(num_train=4, num_eval=20)
+    for dataset in load_world(size, 0, True, 10, 1.0):
+        for record in dataset:
+            ids = [document["id"] for document in record["documents"]]
+            assert len(ids) == len(set(ids)) == 10
+            assert set(record["positive_ids"]) <= set(ids)
+    assert [len(dataset) for dataset in load_world(size, 0, False, 10, 0.5)] == [4, 20]
 
 
 def test_shuffled_answers_are_the_same_answers_elsewhere():
