@@ -35,6 +35,8 @@ from datasets import Dataset, disable_progress_bars
 from learning_report import Results, write_report
 from learning_variants import (
     DocumentwiseTrainer,
+    OnEvaluation,
+    SaveAdapter,
     UncorrectedTrainer,
     UniformTrainer,
     answers_first,
@@ -49,7 +51,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 from transformers.utils import logging
@@ -107,8 +108,9 @@ class Setting:
         dro (`dict`): what differs in [`DROConfig`].
         two_hop (`bool`): whether the questions need two passages.
         num_candidates (`int`, *optional*): if not the size's.
-        retrieved_share (`float`): below 1, candidates are drawn from a list longer by its inverse, as a retriever
-            that misses the others would rank them.
+        retrieved_share (`float`): share of a longer list that the retriever finds.
+        shuffled_candidates (`bool`): whether held-out candidates are shown in random order, where a selector that
+            always writes the same ids has the recall of chance and not the retriever's.
         shuffled_answers (`bool`): whether training questions have the answers of others.
         selector_warmup (`bool`): whether the selector is warmed up, like the generator.
         dropped_layers (`int`): last layers of the tiny model that the selector, with a base of its own, does without.
@@ -122,6 +124,7 @@ class Setting:
     two_hop: bool = False
     num_candidates: int | None = None
     retrieved_share: float = 1.0
+    shuffled_candidates: bool = False
     shuffled_answers: bool = False
     selector_warmup: bool = True
     dropped_layers: int = 0
@@ -129,7 +132,8 @@ class Setting:
 
     def world(self, size: Size, world_seed: int) -> tuple:
         """Arguments of [`load_world`]."""
-        return size, world_seed, self.two_hop, self.num_candidates or size.num_candidates, self.retrieved_share
+        num_candidates = self.num_candidates or size.num_candidates
+        return size, world_seed, self.two_hop, num_candidates, self.retrieved_share, self.shuffled_candidates
 
     def definition(self) -> dict[str, Any]:
         """All but the name, as JSON can write it."""
@@ -184,9 +188,9 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("decoupled", trainer=None, teacher="answer", probe=context_reliance),
         ],
         "controls": [
-            Setting("joint"),
-            Setting("answers shuffled", shuffled_answers=True),
-            Setting("selector's weights uniform", UniformTrainer),
+            Setting("joint", shuffled_candidates=True),
+            Setting("answers shuffled", shuffled_answers=True, shuffled_candidates=True),
+            Setting("selector's weights uniform", UniformTrainer, shuffled_candidates=True),
         ],
     }
 
@@ -223,7 +227,7 @@ def run_id(setting: Setting, size: Size, world_seed: int, seed: int) -> str:
 
 @lru_cache(maxsize=4)
 def load_world(
-    size: Size, world_seed: int, two_hop: bool, num_candidates: int, retrieved_share: float
+    size: Size, world_seed: int, two_hop: bool, num_candidates: int, retrieved_share: float, shuffled: bool
 ) -> tuple[Dataset, Dataset]:
     """
     Training and evaluation questions with `num_candidates` candidates. Those of two-hop questions are both passages
@@ -246,6 +250,9 @@ def load_world(
     drawn = [math.ceil(1.5 * number) if two_hop else number for number in numbers]
     datasets = synthetic_world(*drawn, world_seed, float(two_hop), retrieved)
     kept = [[choose(record) for record in dataset if is_answerable(record)] for dataset in datasets]
+    if shuffled:
+        for record in kept[1]:
+            rng.shuffle(record["documents"])
     train, test = (Dataset.from_list(rows[:number]) for rows, number in zip(kept, numbers, strict=True))
     return train, test
 
@@ -412,27 +419,6 @@ class Run:
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-
-
-class OnEvaluation(TrainerCallback):
-    """Calls `measure` with the iteration and its metrics."""
-
-    def __init__(self, measure: Callable[[int, dict[str, float]], None], updates: int):
-        self.measure, self.updates = measure, updates
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.measure(state.global_step // self.updates, metrics)
-
-
-class SaveAdapter(TrainerCallback):
-    """Saves the model after the steps that `saves` names."""
-
-    def __init__(self, saves: dict[int, Path]):
-        self.saves = saves
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step in self.saves:
-            model.save_pretrained(self.saves[state.global_step])
 
 
 def run_all(

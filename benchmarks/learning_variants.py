@@ -1,12 +1,15 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""What `learning.py` compares DRO with, trainers and data, and what it measures beyond the trainer's own metrics."""
+"""What `learning.py` compares DRO with, trainers and data, what it measures, and when."""
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl_dro import DROTrainer
 from trl_dro.data.synthetic import ORGANISATION_KINDS
@@ -221,3 +224,24 @@ def _kind(name: str) -> str:
     """Kind of the entity that bears a name, told by its form."""
     last = name.split()[-1]
     return "organisation" if last in ORGANISATION_KINDS else "place" if last == name else "person or work"
+
+
+class OnEvaluation(TrainerCallback):
+    """Calls `measure` with the iteration and its metrics."""
+
+    def __init__(self, measure: Callable[[int, dict[str, float]], None], updates: int):
+        self.measure, self.updates = measure, updates
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.measure(state.global_step // self.updates, metrics)
+
+
+class SaveAdapter(TrainerCallback):
+    """Saves the model after the steps that `saves` names."""
+
+    def __init__(self, saves: dict[int, Path]):
+        self.saves = saves
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.saves:
+            model.save_pretrained(self.saves[state.global_step])
