@@ -22,7 +22,8 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 bench: .venv/.installed
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for script in $(filter-out benchmarks/learning%,$(wildcard benchmarks/*.py)) "benchmarks/learning.py --quick"; do \
+		echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
