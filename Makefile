@@ -31,5 +31,5 @@ clean:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plots]"
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plots,langchain,llama-index,rerankers,serve]"
 	touch $@
