@@ -1,44 +1,83 @@
 import pytest
 
-from trl_dro.data.synthetic import synthetic_world
+from trl_dro.data.synthetic import NATIONALITIES, RELATIONS, draw_world, synthetic_world
+from trl_dro.metrics.text import recall_at_k
+
+
+@pytest.fixture(scope="module")
+def single_hop():
+    return [split.to_list() for split in synthetic_world(400, 400, seed=7)]
+
+
+@pytest.fixture(scope="module")
+def two_hop():
+    return [split.to_list() for split in synthetic_world(300, 300, seed=7, two_hop_share=1.0)]
+
+
+def recall(records, k):
+    texts = [[document["text"] for document in record["documents"]] for record in records]
+    return sum(recall_at_k(t, record["answers"], k) for t, record in zip(texts, records, strict=True)) / len(records)
+
+
+def nationality(record):
+    [found] = set(NATIONALITIES) & set(record["question"].split())
+    return found
 
 
 def test_same_seed_gives_same_records():
-    first = synthetic_world(num_train=20, num_eval=10, seed=3)
-    again = synthetic_world(num_train=20, num_eval=10, seed=3)
+    first, again = (synthetic_world(20, 10, seed=3) for _ in range(2))
     assert [split.to_list() for split in first] == [split.to_list() for split in again]
-    assert first[0].to_list() != synthetic_world(num_train=20, num_eval=10, seed=4)[0].to_list()
+    assert first[0].to_list() != synthetic_world(20, 10, seed=4)[0].to_list()
 
 
-def test_train_and_eval_share_no_person():
-    train, test = synthetic_world(num_train=400, num_eval=200)
-    titles = [{document["title"] for record in split for document in record["documents"]} for split in (train, test)]
-    assert titles[0].isdisjoint(titles[1])
+def test_the_corpus_is_large_and_its_ids_are_unique():
+    for split in ("train", "eval"):
+        corpus = draw_world(0, split).corpus
+        assert len({passage["id"] for passage in corpus}) == len(corpus) >= 5000
 
 
-@pytest.mark.parametrize("num_documents", [2, 5, 20])
-def test_only_the_positive_document_contains_the_answer(num_documents):
-    for split in synthetic_world(num_train=50, num_eval=20, num_documents=num_documents):
-        for record in split:
-            assert len(record["documents"]) == num_documents
-            containing = [
-                document["id"] for document in record["documents"] if record["answers"][0] in document["text"]
-            ]
-            assert containing == record["positive_ids"]
+def test_train_and_eval_share_no_entity_even_if_their_seeds_differ():
+    train, test = (draw_world(seed, split) for seed, split in ((1, "train"), (2, "eval")))
+    names = [
+        {passage["title"] for passage in world.corpus} | {q["answers"][0] for q in world.single_hop + world.two_hop}
+        for world in (train, test)
+    ]
+    assert names[0].isdisjoint(names[1])
 
 
-def test_document_ids_are_unique():
-    documents = [document for split in synthetic_world(30, 30) for record in split for document in record["documents"]]
-    assert len({document["id"] for document in documents}) == len(documents)
+@pytest.mark.parametrize("seed", [0, 7, 123])
+def test_the_retriever_finds_the_answer_among_its_first_five_for_half_of_the_questions(seed):
+    for split in synthetic_world(400, 400, seed=seed):
+        assert 0.48 < recall(split.to_list(), 5) < 0.64
+        assert recall(split.to_list(), 20) > 0.9
 
 
-def test_retriever_is_better_than_chance_but_poor():
-    train, _ = synthetic_world(num_train=1000, num_eval=1, num_documents=5)
-    first = sum(record["documents"][0]["id"] in record["positive_ids"] for record in train) / len(train)
-    assert 0.2 < first < 0.5
+def test_the_answer_stands_in_the_last_passage_that_is_needed(single_hop, two_hop):
+    for split in ("train", "eval"):
+        world = draw_world(7, split)
+        texts = {passage["id"]: passage["text"] for passage in world.corpus}
+        for question in world.single_hop[:500] + world.two_hop[:500]:
+            assert question["answers"][0] in texts[question["positive_ids"][-1]]
 
 
-@pytest.mark.parametrize("num_documents", [1, 21])
-def test_unsupported_number_of_documents_raises(num_documents):
-    with pytest.raises(ValueError, match="between 2 and 20"):
-        synthetic_world(num_train=1, num_eval=1, num_documents=num_documents)
+def test_a_two_hop_question_names_the_first_passage_only_and_many_passages_are_as_likely_as_the_second():
+    world = draw_world(7, "eval")
+    passages = {passage["id"]: passage for passage in world.corpus}
+    for question in world.two_hop[:300]:
+        first, second = (passages[i] for i in question["positive_ids"])
+        assert first["title"] in question["question"]
+        assert second["title"] not in question["question"] and second["title"] in first["text"]
+        assert nationality(question) in second["text"]
+
+
+def test_two_hop_questions_have_distractors_that_only_the_first_passage_rules_out(two_hop):
+    counts = []
+    for record in two_hop[1]:
+        counts.append(sum(nationality(record) in document["text"] for document in record["documents"]))
+    assert sum(counts) / len(counts) > 5
+
+
+def test_every_relation_is_worded_in_two_ways_with_a_common_stem():
+    for relation in RELATIONS:
+        stem = relation.participle.removesuffix("ed")
+        assert relation.noun.startswith(stem) and relation.participle not in relation.noun.split()

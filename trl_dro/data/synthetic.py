@@ -1,156 +1,383 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""A small invented world for demos and tests: people, facts about them, and a retriever that is easily confused.
+"""An invented world: people, places, works and organisations, facts about them as short encyclopedia passages, and
+questions whose candidates are retrieved with BM25 from all passages.
 
-Every record is drawn afresh, so no fact holds in two records and nothing can be memorised: the answer is only in the
-documents. Half of the distractors are about the right person but state another fact, the others state the asked
-fact about another person, so that neither the name nor the topic alone gives the right document away.
+Questions seldom repeat the wording of the passage that answers them: who was "employed by" a guild is asked for by
+its "employer", so BM25, which does not stem, finds the right name and is left to guess among its passages. Other
+candidates state the same fact about another name. Two-hop questions name the second person only by an indirect
+description, which fits a dozen people of the same nationality; which of them is meant stands in the first passage.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from datasets import Dataset
 
+from ..retrieval import BM25Retriever, retrieve_candidates
+from .schema import Document
+
+
+Kind = Literal["person", "place", "work", "organisation"]
+Split = Literal["train", "eval", "pretrain"]
 
 FIRST_NAMES = """
-Ada Anton Birgit Boris Clara Cosmo Dmitri Dora Elena Emil Felix Frida Greta Gustav Hanna Hugo Igor Ines Jonas Julia
-Karin Lars Mara Nils Olga Pavel Rosa Stefan Tilda Viktor
+Ada Agnes Alma Anton Arne Astrid Bela Boris Bruno Carla Clara Cosmo Dag Dora Edda Elena Elsa Emil Enzo Erik Felix
+Finn Flora Frida Gerda Gianni Greta Gustav Hanna Hedda Helga Hugo Igor Ilse Ines Ingrid Irma Ivo Jan Jonas Judit
+Julia Karin Klara Knut Lars Laszlo Lea Lena Leo Lotte Luca Magda Maja Mara Marco Marta Matteo Milan Mina Nadia Nils
+Nina Noemi Nora Olaf Olga Oskar Otto Pablo Paula Pavel Petra Pia Rafael Ragna Rita Rosa Ruth Sara Sigrid Silvia Simon
+Sofia Sonja Stefan Sven Tilda Timo Ugo Ulla Vera Viktor Vito Wanda Xenia Yara Yuri Zita Zoran
 """.split()
 LAST_NAMES = """
-Abel Adler Berg Brandt Conti Costa Dahl Duval Eklund Engel Ferrari Grant Holm Ivanov Jansen Keller Lind Moreau Novak
-Olsen Petrov Quist Rossi Silva Tanaka Ulrich Varga Weiss Young Zeman
+Abel Alba Amato Arvid Bach Balint Banyai Berg Bianchi Blum Borg Brandt Bravo Bruun Calvo Caruso Celik Conti Costa
+Croft Dahl Demir Diaz Drago Duval Ekman Elias Endo Falk Faust Ferro Fiala Fink Foss Franco Frost Gallo Garay Gero
+Glass Grau Grimm Haas Hahn Halla Haug Heidt Hess Holm Horak Huld Ibsen Ito Jara Juhl Kafka Kant Kato Kim Klein Klimt
+Koch Kraus Krog Kubo Lamb Lang Laval Leclerc Lind Lopez Lund Magri Maly Mann Marek Matos Mendez Mirza Monti Mori Moss
+Muro Nagy Nemeth Neri Noll Novak Oda Olin Orban Ortiz Pace Palma Pasco Paz Pinto Plath Pohl Popa Quist Ramos Rask
+Reis Rizzo Roca Roth Rubio Rusk Sabo Salo Sato Schulz Serra Silva Skov Sokol Soto Stark Stein Sund Tanaka Thiel Toth
+Ueda Ulloa Vaca Valk Varga Vega Vogt Volta Wahl Weiss Wirth Wolf Xu Yilmaz Zapata Zeman Zorn
 """.split()
-PLACES = """
-Athens Basel Bergen Cairo Dublin Ghent Kyoto Lima Lyon Madrid Oslo Porto Prague Quito Riga Sofia Tunis Turin Vienna
-Warsaw
+PLACE_STARTS = """
+Al Amber Ash Bel Birk Black Bren Bright Bruns Cal Castel Cliff Cold Crow Dal Dark Deep Dorn Drum East Eichen Elm Fair
+Fern Fels Glen Gold Green Grun Hal Hart Hazel High Hirsch Holt Iron Kalt Karl Kings Lach Lang Lauter Lime Linden Long
+Mar Mill Mond Moor Neu Nieder North Oak Ober Old Pine Queens Raven Red Rich Rohr Rot Salz Sand Schon Silver South Stan
+Steen Stone Storm Sund Swan Thorn Ulm Val Wald Weis West White Wild Wind Winter Wolfs
 """.split()
-INSTRUMENTS = """
-accordion banjo bassoon bugle cello clarinet cornet drums fiddle flute guitar harp oboe organ piano trombone trumpet
-tuba viola zither
+PLACE_ENDS = """
+bach berg bo borg brook burg bury by dal dorf fell field fjord ford gate hafen ham haven heim hill hof holm hurst kirk
+land mark mond mouth mund ness port rath see stadt stead sted strand thal thorp toft ton town ville wald walde wick
+wood worth
 """.split()
-SUBJECTS = """
-algebra anatomy astronomy botany chemistry dance drawing geology geometry grammar history law logic medicine optics
-physics poetry rhetoric surgery theology
+ADJECTIVES = """
+Ancient Bitter Blind Bold Borrowed Brazen Broken Burning Crimson Distant Divided Drowned Eager Empty Endless Faded
+Faithful Fallen Famous Final Foreign Forgotten Fragile Frozen Gentle Glass Golden Hidden Hollow Hungry Idle Invisible
+Ivory Jealous Joyful Lonely Lost Lucky Marble Merry Midnight Narrow Noble Northern Obscure Open Painted Pale Paper
+Patient Perfect Polite Proud Quiet Rapid Restless Royal Sacred Scarlet Secret Seventh Silent Sleeping Slow Solemn
+Stolen Stubborn Sudden Sunken Tender Third Timid Twisted Unknown Velvet Violet Wandering Wicked Wooden
 """.split()
-
-# The largest number of documents for which every document can state a different answer.
-MAX_DOCUMENTS = 20
+NOUNS = """
+Acrobat Anchor Angel Apple Archer Arrow Autumn Avenue Ballad Bell Bird Bridge Candle Canvas Carnival Castle Cathedral
+Circle Clock Cloud Comet Corridor Crown Dancer Daughter Desert Dream Eagle Echo Ember Falcon Feather Festival Fiddle
+Flame Forest Fountain Garden Ghost Giant Harbor Harvest Heart Horizon Island Jewel Journey Kingdom Ladder Lantern
+Letter Lion Mask Meadow Melody Mirror Monk Morning Mountain Museum Needle Nightingale Ocean Orchard Parade Pearl
+Pilgrim Promise Prophet Rain Ribbon River Rose Sailor Shadow Shepherd Shore Song Sparrow Statue Storm Summer Swallow
+Tempest Thief Tiger Tower Traveller Valley Violin Voyage Wheel Whisper Widow Window
+""".split()
+ORGANISATION_WORDS = """
+Acorn Alpine Arctic Aurora Azure Baltic Beacon Bronze Cedar Central Citadel Civic Cobalt Copper Coral Crescent Crystal
+Delta Diamond Eastern Emerald Falconer Fortuna Galaxy Granite Harmony Helios Heritage Indigo Jade Jupiter Juniper
+Laurel Liberty Lotus Lunar Magnolia Maple Meridian Minerva Mosaic Nebula Neptune Noble Nova Olive Onyx Opal Orion
+Pacific Palace Phoenix Pioneer Polar Prairie Quartz Ruby Saffron Sapphire Saturn Sierra Solar Spruce Sterling Summit
+Tempo Titan Topaz Trident Unity Vanguard Venus Vertex Vesta Victory Vulcan Western Willow Zenith
+""".split()
+ORGANISATION_KINDS = """
+Academy Agency Alliance Archive Association Bank Brewery Chamber Choir Club College Company Council Circus Dairy
+Factory Foundation Gallery Group Guild Institute Laboratory League Library Mission Museum Opera Orchestra Press School
+Shipyard Society Studio Theatre Trust Union University Works
+""".split()
+NATIONALITIES = "Danish Dutch Finnish Greek Hungarian Irish Polish Swiss".split()
+PROFESSIONS = """
+actor architect astronomer banker baker biologist botanist chemist clerk dentist engineer farmer geologist historian
+jurist librarian mathematician merchant musician nurse painter philosopher physicist pilot poet priest sculptor singer
+soldier surgeon tailor weaver
+""".split()
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: how to ask for it, how documents state it, and its possible answers."""
+    """
+    One kind of fact.
 
-    questions: tuple[str, ...]
-    statements: tuple[str, ...]
-    answers: list[str]
+    Args:
+        subject (`str`): kind of entity that the fact is about.
+        value (`str`): kind of entity that answers.
+        participle (`str`): as in "Ada Lind was *employed* by the Amber Guild".
+        preposition (`str`): as in "employed *by*".
+        noun (`str`): as in "the *employer* of Ada Lind".
+    """
+
+    subject: Kind
+    value: Kind
+    participle: str
+    preposition: str
+    noun: str
+
+
+def _relations(subject: Kind, table: str) -> tuple[Relation, ...]:
+    rows = (line.split(maxsplit=3) for line in table.strip().splitlines())
+    return tuple(Relation(subject, cast(Kind, value), *words) for value, *words in rows)
 
 
 RELATIONS = (
-    Relation(
-        ("Where was {name} born?", "What is the birthplace of {name}?"),
-        ("{surname} was born in {answer}.", "The birthplace of {surname} is {answer}."),
-        PLACES,
+    *_relations(
+        "person",
+        """
+        organisation employed by employer
+        organisation sponsored by sponsoring body
+        organisation educated by education provider
+        person married to marriage partner
+        person trained by trainer
+        person imprisoned by imprisoning officer
+        place buried in burial place
+        place posted to posting
+        place exiled to exiling place
+        """,
     ),
-    Relation(
-        ("Where did {name} die?", "In which city did {name} die?"),
-        ("{surname} died in {answer}.", "It was in {answer} that {surname} died."),
-        PLACES,
+    *_relations(
+        "work",
+        """
+        person composed by composer
+        person translated by translator
+        person edited by editor
+        person dedicated to dedication holder
+        person reviewed by reviewer
+        organisation published by publisher
+        organisation financed by financing body
+        organisation adapted by adapter
+        place printed in printing place
+        """,
     ),
-    Relation(
-        ("Which instrument did {name} play?", "What did {name} play?"),
-        ("{surname} played the {answer}.", "The instrument of {surname} was the {answer}."),
-        INSTRUMENTS,
+    *_relations(
+        "organisation",
+        """
+        person founded by founder
+        person directed by director
+        person audited by auditor
+        person insured by insurer
+        organisation owned by owner
+        organisation stocked by stocking firm
+        place located in location
+        place banned in banning place
+        place registered in registering place
+        """,
     ),
-    Relation(
-        ("Which subject did {name} study?", "What did {name} study?"),
-        ("{surname} studied {answer}.", "The favourite subject of {surname} was {answer}."),
-        SUBJECTS,
+    *_relations(
+        "place",
+        """
+        person governed by governor
+        person conquered by conquering hero
+        person photographed by photographer
+        person discovered by discoverer
+        person planned by planner
+        organisation protected by protector
+        organisation heated by heating firm
+        organisation mapped by mapping firm
+        place twinned with twinning partner
+        """,
     ),
 )
 
+KINDS: tuple[Kind, ...] = ("person", "place", "work", "organisation")
+WHO = {"person": "who", "place": "which place", "organisation": "which organisation"}
+WHOM = WHO | {"person": "whom"}
+SORTS = {
+    "work": "novel opera play poem film ballet".split(),
+    "place": "town village port".split(),
+    "organisation": "body house firm".split(),
+}
 
-def synthetic_world(
-    num_train: int, num_eval: int, num_documents: int = 5, seed: int = 0, retriever_noise: float = 4.0
-) -> tuple[Dataset, Dataset]:
-    """Draws a training and an evaluation set of questions with retrieved documents.
+# How many of each kind live in a world, each with as many passages as its kind has relations.
+POPULATION: dict[Kind, int] = {"person": 280, "work": 130, "organisation": 130, "place": 110}
 
-    Exactly one document of a record contains the answer. No person of the training set, named by first and last name,
-    occurs in the evaluation set.
+
+@dataclass(frozen=True)
+class Entity:
+    """Something that has a name and, in a passage of its own, may be called by a description."""
+
+    kind: Kind
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A relation between two entities and how its passage states it: with the participle or with the noun."""
+
+    subject: Entity
+    relation: Relation
+    value: Entity
+    uses_noun: bool
+    is_described: bool
+
+
+def draw_entities(rng: random.Random, kind: Kind, size: int, split: Split) -> list[Entity]:
+    """Entities of one kind. Names are pairs of words, and every pair belongs to one split only."""
+    starts, ends = {
+        "person": (FIRST_NAMES, LAST_NAMES),
+        "place": (PLACE_STARTS, PLACE_ENDS),
+        "work": (ADJECTIVES, NOUNS),
+        "organisation": (ORGANISATION_WORDS, ORGANISATION_KINDS),
+    }[kind]
+    share = ("train", "eval", "pretrain").index(split)
+    pairs = [(a, b) for i, a in enumerate(starts) for j, b in enumerate(ends) if (i + j) % 3 == share]
+    joint = "" if kind == "place" else " "
+    return [Entity(kind, f"{a}{joint}{b}", draw_description(rng, kind)) for a, b in rng.sample(pairs, size)]
+
+
+def draw_description(rng: random.Random, kind: Kind) -> str:
+    """What an entity may be called instead of its name."""
+    if kind == "person":
+        return f"the {rng.choice(NATIONALITIES)} {rng.choice(PROFESSIONS)}"
+    return f"the {rng.choice(SORTS[kind])}"
+
+
+def state(rng: random.Random, fact: Fact) -> str:
+    """Text of the passage that states a fact."""
+    subject, relation, value = fact.subject, fact.relation, fact.value.name
+    name = subject.description if fact.is_described else subject.name
+    if fact.uses_noun:
+        frames = ("The {noun} of {name} was {value}.", "{value} was the {noun} of {name}.")
+    else:
+        frames = (
+            "{name} was {participle} {preposition} {value}.",
+            "It was {preposition} {value} that {name} was {participle}.",
+        )
+    text = rng.choice(frames).format(
+        name=name,
+        value=value,
+        noun=relation.noun,
+        participle=relation.participle,
+        preposition=relation.preposition,
+    )
+    return text[0].upper() + text[1:]
+
+
+def ask(rng: random.Random, relation: Relation, name: str, use_noun: bool) -> str:
+    """Question for the value of a relation of what is called `name`."""
+    if use_noun:
+        frames = ("{who} was the {noun} of {name}?", "what is the name of the {noun} of {name}?")
+    else:
+        frames = ("{preposition} {whom} was {name} {participle}?", "{name} was {participle} {preposition} {whom}?")
+    text = rng.choice(frames).format(
+        name=name,
+        who=WHO[relation.value],
+        whom=WHOM[relation.value],
+        noun=relation.noun,
+        participle=relation.participle,
+        preposition=relation.preposition,
+    )
+    return text[0].upper() + text[1:]
+
+
+@dataclass(frozen=True)
+class World:
+    """
+    One population's passages and questions.
 
     Args:
-        num_train (`int`): number of training records.
-        num_eval (`int`): number of evaluation records.
-        num_documents (`int`, *optional*, defaults to `5`): documents per record, from 2 to 20.
-        seed (`int`, *optional*, defaults to `0`): the same seed gives the same records.
-        retriever_noise (`float`, *optional*, defaults to `4.0`): standard deviation of the noise in the retriever's
-            score, in units of the lead that the right document has over a distractor. `0` always ranks the right
-            document first, large values rank it uniformly at random.
+        corpus (`list[dict]`): passages with `id`, `title` and `text`.
+        single_hop (`list[dict]`): questions that one passage answers, with `question`, `answers` and `positive_ids`.
+        two_hop (`list[dict]`): questions that need two passages, in the order of `positive_ids`.
+    """
+
+    corpus: list[Document]
+    single_hop: list[dict[str, Any]]
+    two_hop: list[dict[str, Any]]
+
+
+def draw_world(seed: int, split: Split, overlap: float = 0.2) -> World:
+    """
+    Draws a world.
+
+    Args:
+        seed (`int`):
+            The same seed gives the same world.
+        split (`str`):
+            `"train"` or `"eval"`; no entity occurs in both, whatever the seeds.
+        overlap (`float`, *optional*, defaults to `0.2`):
+            Share of the single-hop questions that use the wording of the passage they are about. The retriever finds
+            these easily.
+
+    Returns:
+        [`World`]
+    """
+    rng = random.Random(f"{seed}, {split}")
+    entities = {kind: draw_entities(rng, kind, size, split) for kind, size in POPULATION.items()}
+    facts = list(_draw_facts(rng, entities))
+    rng.shuffle(facts)
+    corpus: list[Document] = [
+        {"id": f"{split}-{number}", "title": fact.subject.name, "text": state(rng, fact)}
+        for number, fact in enumerate(facts)
+    ]
+    single_hop = [
+        {
+            "question": ask(rng, fact.relation, fact.subject.name, fact.uses_noun ^ (rng.random() >= overlap)),
+            "answers": [fact.value.name],
+            "positive_ids": [passage["id"]],
+        }
+        for fact, passage in zip(facts, corpus, strict=True)
+    ]
+    described: dict[Entity, list[tuple[Fact, str]]] = {}
+    for fact, passage in zip(facts, corpus, strict=True):
+        if fact.subject.kind == "person" and fact.is_described:
+            described.setdefault(fact.subject, []).append((fact, str(passage["id"])))
+    two_hop = []
+    for first, passage in zip(facts, corpus, strict=True):
+        if first.subject.kind != "person" and first.value.kind == "person":
+            nationality = first.value.description.split()[1]
+            bridge = f"the {nationality} {first.relation.noun} of {first.subject.name}"
+            two_hop += [
+                {
+                    "question": ask(rng, second.relation, bridge, second.uses_noun),
+                    "answers": [second.value.name],
+                    "positive_ids": [passage["id"], second_id],
+                }
+                for second, second_id in described.get(first.value, [])
+            ]
+    return World(corpus, single_hop, two_hop)
+
+
+def _draw_facts(rng: random.Random, entities: dict[Kind, list[Entity]]) -> Iterator[Fact]:
+    for relation in RELATIONS:
+        for subject in entities[relation.subject]:
+            value = rng.choice([entity for entity in entities[relation.value] if entity is not subject])
+            yield Fact(subject, relation, value, uses_noun=rng.random() < 0.5, is_described=rng.random() < 0.6)
+
+
+def synthetic_world(
+    num_train: int,
+    num_eval: int,
+    seed: int = 0,
+    two_hop_share: float = 0.0,
+    num_documents: int = 20,
+    overlap: float = 0.2,
+) -> tuple[Dataset, Dataset]:
+    """
+    Training and evaluation questions over two worlds that share no entity, each with its candidates from BM25 over the
+    passages of its world, more than 5,000.
+
+    Args:
+        num_train (`int`):
+            Training questions.
+        num_eval (`int`):
+            Evaluation questions.
+        seed (`int`, *optional*, defaults to `0`):
+            The same seed gives the same records.
+        two_hop_share (`float`, *optional*, defaults to `0.0`):
+            Share of questions that need two passages.
+        num_documents (`int`, *optional*, defaults to `20`):
+            Candidates per question.
+        overlap (`float`, *optional*, defaults to `0.2`):
+            See [`draw_world`].
 
     Returns:
         `tuple[Dataset, Dataset]`: the training and the evaluation set, with the columns `question` (`str`), `answers`
-        (`list[str]`), `documents` (`list` of `{"id", "title", "text"}`, best retrieval score first) and `positive_ids`
-        (`list[str]`, ids of the documents that contain the answer).
-
-    Raises:
-        `ValueError`: `num_documents` is not between 2 and 20.
-
-    Example:
-
-    ```python
-    >>> from trl_dro.data.synthetic import synthetic_world
-    >>> train, test = synthetic_world(num_train=100, num_eval=10)
-    >>> len(train[0]["documents"])
-    5
-
-    ```
+        (`list[str]`), `positive_ids` (`list[str]`, ids of the passages that are needed, retrieved or not) and
+        `documents` (`list` of `{"id", "title", "text"}`, best first).
     """
-    if not 2 <= num_documents <= MAX_DOCUMENTS:
-        raise ValueError(f"num_documents must be between 2 and {MAX_DOCUMENTS}, got {num_documents}.")
-    people = [(first, last) for first in FIRST_NAMES for last in LAST_NAMES]
+    splits: dict[Split, int] = {"train": num_train, "eval": num_eval}
+    train, test = (
+        _with_candidates(draw_world(seed, split, overlap), size, two_hop_share, num_documents, seed)
+        for split, size in splits.items()
+    )
+    return train, test
+
+
+def _with_candidates(world: World, size: int, two_hop_share: float, num_documents: int, seed: int) -> Dataset:
     rng = random.Random(seed)
-    rng.shuffle(people)
-    num_eval_people = len(people) // 5
-    populations = {"eval": people[:num_eval_people], "train": people[num_eval_people:]}
-
-    def draw(split: str, size: int) -> Dataset:
-        return Dataset.from_list(
-            [
-                _draw_record(rng, populations[split], num_documents, retriever_noise, prefix=f"{split}-{index}")
-                for index in range(size)
-            ]
-        )
-
-    return draw("train", num_train), draw("eval", num_eval)
-
-
-def _draw_record(
-    rng: random.Random, people: list[tuple[str, str]], num_documents: int, retriever_noise: float, prefix: str
-) -> dict[str, Any]:
-    relation, *other_relations = rng.sample(RELATIONS, len(RELATIONS))
-    person, *other_people = rng.sample(people, num_documents)
-    facts = [(person, relation)]
-    for other in other_people:
-        same_person = len(facts) % 2 == 1 and other_relations
-        facts.append((person, other_relations.pop()) if same_person else (other, relation))
-
-    answers: list[str] = []
-    for _, stated in facts:
-        answers.append(rng.choice([answer for answer in stated.answers if answer not in answers]))
-    documents = [
-        {
-            "id": f"{prefix}-{number}",
-            "title": " ".join(name),
-            "text": rng.choice(stated.statements).format(surname=name[-1], answer=answer),
-        }
-        for number, ((name, stated), answer) in enumerate(zip(facts, answers, strict=True))
-    ]
-    scores = [float(number == 0) + rng.gauss(0.0, retriever_noise) for number in range(num_documents)]
-    ranking = sorted(range(num_documents), key=scores.__getitem__, reverse=True)
-    return {
-        "question": rng.choice(relation.questions).format(name=" ".join(person)),
-        "answers": [answers[0]],
-        "documents": [documents[number] for number in ranking],
-        "positive_ids": [documents[0]["id"]],
-    }
+    num_two_hop = round(size * two_hop_share)
+    questions = rng.sample(world.single_hop, size - num_two_hop) + rng.sample(world.two_hop, num_two_hop)
+    rng.shuffle(questions)
+    retriever = BM25Retriever(world.corpus, show_progress=False)
+    return retrieve_candidates(Dataset.from_list(questions), retriever, num_documents)
