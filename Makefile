@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: .venv/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/train_nq.py
+		examples/demo.py
 
 test: lint
 	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -30,5 +30,5 @@ clean:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plots]"
 	touch $@

@@ -35,15 +35,16 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_dro import DROConfig, DROTrainer, RAGPipeline
 from trl_dro.data import load_records
+from trl_dro.data.synthetic import synthetic_world
 from trl_dro.evaluation import run
 from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
 from trl_dro.roles import load_role_adapters
-from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, demo_system
+from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
 
 
 DEMO_PROMPTS = {
     "num_selected": 2,
-    "max_candidates": 5,
+    "max_candidates": 10,
     "max_answer_length": 8,
     "selector_template": SELECTOR_TEMPLATE,
     "generator_template": GENERATOR_TEMPLATE,
@@ -77,16 +78,14 @@ class SystemArguments:
             raise ValueError("--system and --dataset_name go together; leave out both for the demo")
 
 
-def load(args: SystemArguments, folder: Path, seed: int) -> tuple[str, dict, Dataset, Dataset]:
+def load(args: SystemArguments, seed: int) -> tuple[str, dict, Dataset, Dataset]:
     """Folder or id of the system, settings of its prompts, training and evaluation set."""
     if args.system and args.dataset_name:
         splits = (args.dataset_train_split, args.dataset_test_split)
         train_dataset, eval_dataset = (load_records(args.dataset_name, split) for split in splits)
         return args.system, {}, train_dataset, eval_dataset
-    model, tokenizer, train_dataset, eval_dataset = demo_system(seed=seed)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return str(folder / "model"), DEMO_PROMPTS, train_dataset, eval_dataset
+    train_dataset, eval_dataset = synthetic_world(320, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
+    return str(TINY_MODEL), DEMO_PROMPTS, train_dataset, eval_dataset
 
 
 def lora() -> LoraConfig:
@@ -147,7 +146,7 @@ def train_grpo(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: 
 def main(system_args: SystemArguments, args: GRPOConfig) -> None:
     set_seed(args.seed)
     folder = Path(args.output_dir)
-    path, prompts, train_dataset, eval_dataset = load(system_args, folder, args.seed)
+    path, prompts, train_dataset, eval_dataset = load(system_args, args.seed)
     before = RAGPipeline.from_pretrained(path, **prompts)
     train_dro(before, train_dataset, args, folder / "dro")
     train_grpo(before, train_dataset, args, folder / "grpo")

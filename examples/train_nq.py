@@ -2,13 +2,6 @@
 """
 Trains a document selector and an answer generator together with DRO, and compares the system before and after.
 
-Without arguments: a small invented world and a tiny model that the script trains from nothing, offline, on two CPU
-cores, in under three minutes.
-
-```bash
-accelerate launch examples/train_nq.py
-```
-
 Natural Questions with Llama 3 8B, both roles as QLoRA adapters on one 4-bit base. Candidates are the top 20 of BM25.
 
 ```bash
@@ -30,9 +23,7 @@ accelerate launch examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml 
 ```
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import set_seed
@@ -45,18 +36,12 @@ from trl_dro.loading import load_model
 from trl_dro.logs import print_comparison
 from trl_dro.retrieval import BM25Retriever, retrieve_candidates
 from trl_dro.roles import load_role_adapters
-from trl_dro.tiny import demo_system, tiny_system
-
-
-DEMO_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
+from trl_dro.tiny import TINY_MODEL
 
 
 @dataclass
 class DataArguments:
-    """
-    Where the questions come from: a dataset with candidates, or files from which BM25 retrieves them, or neither for
-    the invented world.
-    """
+    """Where the questions come from: a dataset with candidates, or files from which BM25 retrieves them."""
 
     dataset_name: str | None = field(
         default=None,
@@ -88,6 +73,8 @@ class DataArguments:
             raise ValueError("--questions and --corpus go together: questions need a corpus to retrieve from")
         if self.questions and self.dataset_name:
             raise ValueError("--dataset_name has candidates already: leave out --questions and --corpus")
+        if not (self.questions or self.dataset_name):
+            raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
 
 
 def load_data(args: DataArguments, max_candidates: int) -> tuple[Dataset, Dataset | None]:
@@ -114,15 +101,11 @@ def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
 
 def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     set_seed(training_args.seed)
-    model, tokenizer = model_args.model_name_or_path, None
-    if data_args.dataset_name is None and data_args.questions is None:
-        model, tokenizer, train_dataset, eval_dataset = demo_system(seed=training_args.seed)
-    else:
-        train_dataset, eval_dataset = load_data(data_args, training_args.max_candidates)
-        if model is None:
-            print("No --model_name_or_path: a tiny random model stands in, to try out the data and the settings.")
-            model, tokenizer = tiny_system(train_dataset)
-
+    train_dataset, eval_dataset = load_data(data_args, training_args.max_candidates)
+    model = model_args.model_name_or_path
+    if model is None:
+        print("No --model_name_or_path: the tiny model of the demo stands in, to try out the data and the settings.")
+        model = str(TINY_MODEL)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -138,7 +121,6 @@ def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelCo
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=quantization_config,
         selector_model=data_args.selector_model_name_or_path,
@@ -156,4 +138,4 @@ def main(data_args: DataArguments, training_args: DROConfig, model_args: ModelCo
 
 if __name__ == "__main__":
     parser = TrlParser((DataArguments, DROConfig, ModelConfig))
-    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", str(DEMO_RECIPE)]))
+    main(*parser.parse_args_and_config())

@@ -10,7 +10,6 @@ from trl import GRPOConfig, TrlParser
 
 from ..test_dro_trainer import make_dataset
 from ..test_faults import make_trainer
-from ..tiny_models import bpe_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,8 @@ def train(script, folder, *more):
 
 
 def test_both_trainers_train_the_demos_selector_and_are_compared(script, tmp_path, monkeypatch, capsys):
-    tokenizer = bpe_tokenizer(split_digits=False)
-    dataset = make_dataset(6)
-    monkeypatch.setattr(script, "demo_system", lambda seed: (tiny_llama(tokenizer), tokenizer, dataset, dataset))
+    draw = script.synthetic_world
+    monkeypatch.setattr(script, "synthetic_world", lambda *_, **settings: draw(6, 6, **settings))
     train(script, tmp_path)
     output = capsys.readouterr().out
     assert all(name in output for name in ("before", "DROTrainer", "GRPOTrainer"))
