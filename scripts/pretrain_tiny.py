@@ -41,13 +41,13 @@ from trl_dro.data.synthetic import Entity, Fact, Relation, ask, draw_description
 STEMS = """
 accept accus admir adopt advis answer applaud appoint arrest assist attack attend balanc bless borrow brew carr carv
 cheer clean climb collect comfort command consult cook copi count cover cross danc debat decor defend deliver depict
-describ destroy deviat doubt drain educ elect embroider encount endors entertain envi escort examin export expos farm
+describ destroy deviat doubt drain elect embroider encount endors entertain envi escort examin export expos farm
 favour fenc flood follow forg frighten furnish garden greet guard guid hail harvest haunt honour host hunt imitat
 import inherit inspect inspir invad invent invit judg kidnapp label launch lend lift load lobbi mark measur mentor
 mock model mourn murder narrat nominat nurs offend oppos order paint pardon parodi pay perform persuad plagiaris
 plant polish prais preach prosecut punish question quot rais record recruit refus remember rent repair rescu research
 respect restor reward rival roast sail salut satiris scold sculpt search serv shelter sign sketch smuggl solv sort
-spons steer study summon support survey suspect tempt thank threaten toast tour trad transport treat trick tutor urg
+steer study summon support survey suspect tempt thank threaten toast tour trad transport treat trick tutor urg
 veto visit walk warn watch welcom wound wrestl
 """.split()
 NOUN_SUFFIXES = ["er", "er", "er", "or", "ing", "ing", "ion", "al", "age"]
