@@ -130,9 +130,9 @@ class DROConfig(_BaseConfig):
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
-    > `num_train_epochs` 5 are the paper's. `selector_estimator` and `steps_per_estimation` differ from the paper's
-    > because these were measured to learn as well or better: docs/how_it_works.md. `remove_unused_columns` is
-    > `False`; `bf16` is off on a machine without an accelerator.
+    > `num_train_epochs` 5 are the paper's. `selector_estimator` and `steps_per_estimation` differ from the paper's for
+    > reasons given in docs/how_it_works.md. `remove_unused_columns` is `False`; `bf16` is off on a machine without an
+    > accelerator.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "chat_template_kwargs"]
