@@ -13,7 +13,7 @@ demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/demo.py
 
-test: lint
+test: lint .venv/.extras
 	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/.installed
@@ -31,5 +31,10 @@ clean:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plots,langchain,llama-index,rerankers,serve]"
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plots]"
+	touch $@
+
+# What only tests need, so that the demo starts sooner.
+.venv/.extras: .venv/.installed
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[langchain,llama-index,rerankers,serve]"
 	touch $@
