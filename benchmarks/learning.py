@@ -76,14 +76,14 @@ TWO_HOP_DEPTH = 40
 class Size:
     """Size of the runs. An iteration is `updates` updates of `batch_size` questions."""
 
-    num_candidates: int = 20
-    num_selected: int = 5
+    num_candidates: int = 10
+    num_selected: int = 3
     num_permutations: int = 4
     batch_size: int = 16
     updates: int = 12
     iterations: int = 5
     num_train: int = 2000
-    num_eval: int = 200
+    num_eval: int = 150
     warmup_questions: int = 480
     repeats: int = 8  # of the gradient, to see its variance
 
@@ -92,7 +92,7 @@ class Size:
         return self.iterations * self.updates
 
 
-QUICK = Size(num_candidates=10, num_selected=3, updates=10, num_eval=100, repeats=4)
+QUICK = Size(updates=10, num_eval=100, repeats=4)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Setting:
     Args:
         name (`str`): as shown.
         trainer (`type`, *optional*): `DROTrainer` or a variant of it; `None` for SFT of each role on its own.
-        teacher (`str`): what the selector learns by SFT: the noisy order of the `"retriever"`, which the warm start
-            taught it, or its own proxy, candidates that contain the `"answer"` first.
+        teacher (`str`): what the selector learns by SFT: the retriever's order with the noise of the warm start
+            (`"noisy retriever"`) or without (`"retriever"`), or candidates that contain the `"answer"` first.
         dro (`dict`): what differs in [`DROConfig`].
         two_hop (`bool`): whether the questions need two passages.
         num_candidates (`int`, *optional*): if not the size's.
@@ -119,7 +119,7 @@ class Setting:
 
     name: str
     trainer: type[DROTrainer] | None = DROTrainer
-    teacher: str = "retriever"
+    teacher: str = "noisy retriever"
     dro: dict[str, Any] = field(default_factory=dict)
     two_hop: bool = False
     num_candidates: int | None = None
@@ -145,14 +145,15 @@ class Setting:
 
 def all_experiments(size: Size) -> dict[str, list[Setting]]:
     """Settings by experiment. The others are compared with the first of each."""
-    half = size.num_candidates // 2
+    twice = 2 * size.num_candidates
     return {
         "iterations": [
             Setting("joint"),
             Setting("w/o selector", dro={"train_selector": False}),
             Setting("w/o generator", dro={"train_generator": False}),
             Setting("SFT only", trainer=None),
-            Setting("decoupled", trainer=None, teacher="answer"),
+            Setting("decoupled", trainer=None, teacher="retriever"),
+            Setting("decoupled, documents labelled", trainer=None, teacher="answer"),
         ],
         "permutations": [
             Setting("m=4", dro={"num_permutations": 4}, probe=estimator_variance),
@@ -178,14 +179,14 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
         ],
         "retrieval": [
             Setting(f"top {size.num_candidates}"),
-            Setting(f"top {half}", num_candidates=half),
-            Setting(f"{size.num_candidates} of top {2 * size.num_candidates}", retrieved_share=0.5),
+            Setting(f"top {twice}", num_candidates=twice),
+            Setting(f"{size.num_candidates} of top {twice}", retrieved_share=0.5),
             Setting("selector not warmed up", selector_warmup=False),
             Setting("selector without the last layer", dropped_layers=1),
         ],
         "context": [
             Setting("joint", probe=context_reliance),
-            Setting("decoupled", trainer=None, teacher="answer", probe=context_reliance),
+            Setting("decoupled", trainer=None, teacher="retriever", probe=context_reliance),
         ],
         "controls": [
             Setting("joint", shuffled_candidates=True),
@@ -295,7 +296,7 @@ class Run:
             measure(0, trainer.evaluate())
             count = self.size.max_steps * self.size.batch_size
             records = (self.train_dataset.to_list() * (1 + count // len(self.train_dataset)))[:count]
-            examples = self.examples(records, answer_first=self.setting.teacher == "answer", seed=self.seed + 1)
+            examples = self.examples(records, self.setting.teacher, seed=self.seed + 1)
             saves = {i * self.size.updates: Path(folder) / f"{i}" for i in range(1, self.size.iterations + 1)}
             for role in ROLES:
                 rate = RECIPE[f"{role}_learning_rate"]
@@ -355,7 +356,7 @@ class Run:
             making = folder.with_suffix(".tmp")
             shutil.rmtree(making, ignore_errors=True)
             examples = self.examples(
-                self.train_dataset.select(range(size.warmup_questions)).to_list(), answer_first=False, seed=self.seed
+                self.train_dataset.select(range(size.warmup_questions)).to_list(), "noisy retriever", self.seed
             )
             for role in ROLES:
                 steps = size.warmup_questions // size.batch_size
@@ -365,14 +366,14 @@ class Run:
             os.replace(making, folder)
         return folder
 
-    def examples(self, records: list[dict[str, Any]], answer_first: bool, seed: int) -> dict[Role, Dataset]:
+    def examples(self, records: list[dict[str, Any]], teacher: str, seed: int) -> dict[Role, Dataset]:
         """Training sets for SFT: permutations of a teacher, and answers from the retriever's first documents."""
         prompts = {
             role: PromptBuilder(self.tokenizer, RECIPE[f"{role}_template"], self.size.num_selected) for role in ROLES
         }
         codec = PermutationCodec(self.tokenizer, self.num_candidates, self.size.num_selected)
-        ranked = [answers_first(record) for record in records] if answer_first else records
-        noise = 0.0 if answer_first else RANK_NOISE
+        ranked = [answers_first(record) for record in records] if teacher == "answer" else records
+        noise = RANK_NOISE if teacher == "noisy retriever" else 0.0
         return {
             "selector": selector_examples(ranked, prompts["selector"], codec, noise, seed=seed),  # type: ignore[arg-type]
             "generator": generator_examples(records, prompts["generator"]),  # type: ignore[arg-type]

@@ -50,21 +50,26 @@ class UniformTrainer(DROTrainer):
 
 
 class DocumentwiseRAG(RAGModel):
-    """A selector that scores documents one by one: with the probability that a permutation begins with it."""
+    """
+    A selector that looks at documents one by one: a document's score is the log-odds with which it is chosen over an
+    empty one, and its probability the softmax over the candidates' scores.
+    """
 
-    def __init__(self, rag: RAGModel, max_candidates: int):
+    def __init__(self, rag: RAGModel):
         super().__init__(rag.roles, rag.tokenizers, rag.prompts, rag.codec, rag.device, rag.max_tokens)
-        codec = PermutationCodec(rag.tokenizers["selector"], max_candidates, 1)
-        self.single = RAGModel(rag.roles, rag.tokenizers, rag.prompts, codec, rag.device, rag.max_tokens)
-
-    def documents(self, questions: list[dict[str, Any]]) -> Tensor:
-        """Every candidate as a permutation of one, `(B, n, 1)`."""
-        num_documents = len(questions[0]["documents"])
-        return torch.arange(1, num_documents + 1).expand(len(questions), -1).unsqueeze(-1)
+        codec = PermutationCodec(rag.tokenizers["selector"], 2, 1)
+        self.pair = RAGModel(rag.roles, rag.tokenizers, rag.prompts, codec, rag.device, rag.max_tokens)
 
     def document_logps(self, questions: list[dict[str, Any]], wrapped: nn.Module | None = None) -> Tensor:
         """Log-probability of each candidate, `(B, n)`."""
-        return self.single.permutation_logps(questions, self.documents(questions), wrapped=wrapped)
+        pairs = [
+            {**question, "documents": [document, {"text": ""}]}
+            for question in questions
+            for document in question["documents"]
+        ]
+        choices = torch.tensor([[1], [2]]).expand(len(pairs), -1, -1)
+        logps = self.pair.permutation_logps(pairs, choices, wrapped=wrapped)  # [B * n, 2]
+        return (logps[:, 0] - logps[:, 1]).view(len(questions), -1).log_softmax(-1)
 
     @torch.no_grad()
     def sample(
@@ -95,7 +100,7 @@ class DocumentwiseTrainer(DROTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.rag = DocumentwiseRAG(self.rag, self.args.max_candidates)
+        self.rag = DocumentwiseRAG(self.rag)
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         rows = inputs.block[inputs.position].rows
@@ -104,9 +109,9 @@ class DocumentwiseTrainer(DROTrainer):
         for question, draw in zip(questions, draws, strict=True):
             question["documents"] = draw.sample(question["documents"], len(question["documents"]))
         targets = [question["answers"][:1] for question in questions]
-        documents = self.rag.documents(questions)
+        documents = torch.arange(1, len(questions[0]["documents"]) + 1).expand(len(questions), -1).unsqueeze(-1)
         with self._inference():
-            alone = self.rag.single.answer_logps(questions, targets, documents)  # [B, n]
+            alone = self.rag.answer_logps(questions, targets, documents)  # [B, n]
             seeds = [draw.getrandbits(62) for draw in draws]
             samples = self.rag.sample(questions, self.args.num_permutations, seeds=seeds)
         answer_logps = self.rag.answer_logps(questions, targets, samples.permutations, wrapped=model)

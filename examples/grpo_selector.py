@@ -3,7 +3,8 @@
 Trains the same selector twice, with DROTrainer and with TRL's own GRPOTrainer, whose reward is the log-likelihood of
 the right answer under the generator, and compares the two. The generator stays as it is.
 
-Without arguments: the invented world and tiny model of the demo, offline, on two CPU cores.
+Without arguments: the invented world and tiny model of the demo, offline, on two CPU cores, from a warm start of both
+roles as in the demo.
 
 ```bash
 python examples/grpo_selector.py
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from demo import WorldArguments, warm_up
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -39,19 +41,19 @@ from trl_dro.data.synthetic import synthetic_world
 from trl_dro.evaluation import run
 from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
 from trl_dro.roles import load_role_adapters
-from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
+from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 
 
 DEMO_PROMPTS = {
-    "num_selected": 2,
+    "num_selected": 3,
     "max_candidates": 10,
     "max_answer_length": 8,
     "selector_template": SELECTOR_TEMPLATE,
     "generator_template": GENERATOR_TEMPLATE,
 }
 DEMO_ARGUMENTS = (
-    "--output_dir outputs/grpo_selector --max_steps 20 --learning_rate 3e-3 --per_device_train_batch_size 128 "
-    "--num_generations 8 --max_completion_length 4 --beta 0 --report_to none --save_strategy no --bf16 False "
+    "--output_dir outputs/grpo_selector --max_steps 20 --learning_rate 1e-3 --per_device_train_batch_size 128 "
+    "--num_generations 8 --max_completion_length 6 --beta 0 --report_to none --save_strategy no --bf16 False "
     "--gradient_checkpointing False --logging_steps 5"
 )
 
@@ -78,14 +80,16 @@ class SystemArguments:
             raise ValueError("--system and --dataset_name go together; leave out both for the demo")
 
 
-def load(args: SystemArguments, seed: int) -> tuple[str, dict, Dataset, Dataset]:
+def load(args: SystemArguments, folder: Path, seed: int) -> tuple[str, dict, Dataset, Dataset]:
     """Folder or id of the system, settings of its prompts, training and evaluation set."""
     if args.system and args.dataset_name:
         splits = (args.dataset_train_split, args.dataset_test_split)
         train_dataset, eval_dataset = (load_records(args.dataset_name, split) for split in splits)
         return args.system, {}, train_dataset, eval_dataset
-    train_dataset, eval_dataset = synthetic_world(320, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
-    return str(TINY_MODEL), DEMO_PROMPTS, train_dataset, eval_dataset
+    train_dataset, eval_dataset = synthetic_world(560, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
+    demo_args = DROConfig(str(folder), use_cpu=True, bf16=False, seed=seed, report_to="none", **DEMO_PROMPTS)
+    warm_up(WorldArguments(), demo_args, lora(), train_dataset.select(range(240)).to_list())
+    return str(folder / "warm_start"), DEMO_PROMPTS, train_dataset.select(range(240, 560)), eval_dataset
 
 
 def lora() -> LoraConfig:
@@ -146,7 +150,7 @@ def train_grpo(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: 
 def main(system_args: SystemArguments, args: GRPOConfig) -> None:
     set_seed(args.seed)
     folder = Path(args.output_dir)
-    path, prompts, train_dataset, eval_dataset = load(system_args, args.seed)
+    path, prompts, train_dataset, eval_dataset = load(system_args, folder, args.seed)
     before = RAGPipeline.from_pretrained(path, **prompts)
     train_dro(before, train_dataset, args, folder / "dro")
     train_grpo(before, train_dataset, args, folder / "grpo")

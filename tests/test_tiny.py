@@ -56,7 +56,7 @@ def test_it_finds_the_right_passage_of_twenty_more_often_than_the_retriever(mode
     assert hits > retriever_hits + 0.1 * len(records)
 
 
-def test_it_reads_the_first_passage_and_seldom_another(model, tokenizer, records):
+def test_it_reads_the_right_one_of_five_passages_wherever_it_stands(model, tokenizer, records):
     prompts = PromptBuilder(tokenizer, GENERATOR_TEMPLATE, 5)
     rng = random.Random(0)
     right = {0: 0, 3: 0}
@@ -69,5 +69,5 @@ def test_it_reads_the_first_passage_and_seldom_another(model, tokenizer, records
                 output = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
             answer = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
             right[place] += answer == record["answers"][0]
-    assert right[0] > 0.6 * len(records)
-    assert right[3] < 0.4 * len(records)
+    # Names of one kind are drawn from a hundred: chance is a fifth at best.
+    assert min(right.values()) > 0.4 * len(records), right

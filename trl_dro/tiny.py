@@ -8,6 +8,6 @@ from pathlib import Path
 # Loads offline with `from_pretrained`.
 TINY_MODEL = Path(__file__).resolve().parent / "tiny_model"
 
-# The prompts it was trained with. The question stands right before the completion, within reach of the first layers.
+# The prompts it was trained with. A generator that knows the question before the passages reads them better.
 SELECTOR_TEMPLATE = "{documents}\nRank: {question}"
-GENERATOR_TEMPLATE = "{documents}\nReply: {question}"
+GENERATOR_TEMPLATE = "Reply: {question}\n{documents}\nReply: {question}"
