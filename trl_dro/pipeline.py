@@ -163,12 +163,20 @@ class RAGPipeline:
 
     @overload
     def __call__(
-        self, question: str, documents: Sequence[Document | str] | None = ..., retriever: Retriever | None = ...
+        self,
+        question: str,
+        documents: Sequence[Document | str] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
     ) -> RAGOutput: ...
 
     @overload
     def __call__(
-        self, question: list[Any], documents: Sequence[Any] | None = ..., retriever: Retriever | None = ...
+        self,
+        question: list[Any],
+        documents: Sequence[Any] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
     ) -> Any: ...
 
     def __call__(self, question, documents=None, retriever=None, batch_size=8):

@@ -34,7 +34,7 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
     """Gives every question its candidate documents, in memory, with a progress bar.
 
     Args:
-        questions (`Dataset`): columns `question`, `answers` and, optionally, `id` and `positive_ids`, which are kept;
+        questions (`Dataset`): column `question` and, optionally, `id`, `answers` and `positive_ids`, which are kept;
             see [`~data.files.read_questions`].
         retriever ([`Retriever`]): object with `search(queries, k)`, e.g. [`BM25Retriever`].
         k (`int`, *optional*, defaults to `20`): number of candidates per question.
@@ -53,7 +53,7 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
     dataset = retrieve_candidates(read_questions("train.jsonl"), retriever, k=20)
     ```
     """
-    require_columns(questions, ("question", "answers"), "questions")
+    require_columns(questions, ("question",), "questions")
 
     def records() -> Iterator[dict[str, Any]]:
         with tqdm(total=len(questions), desc=f"Retrieving top {k}", unit="question") as progress:
