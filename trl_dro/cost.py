@@ -209,6 +209,15 @@ def training_bytes(
     return {"gradients": gradients, "buckets": gradients if num_processes > 1 else 0.0, "optimizer": states}
 
 
+def autocast_bytes(roles: Roles, quantized: float | None = None) -> float:
+    """Bytes of the half precision copies of float32 weights that autocast keeps until a role's backward begins."""
+    copied = [
+        sum(p.numel() for _, p in roles.named_parameters(role) if adapter_itemsize(p, quantized) == 4)
+        for role in roles.trained
+    ]
+    return 2.0 * max(copied)
+
+
 def cache_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
     """Bytes of the keys and values of `tokens` tokens, from which permutations are sampled."""
     return 2 * shape.layers * shape.key * itemsize * tokens

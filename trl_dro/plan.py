@@ -25,8 +25,8 @@ from .schedule import EstimationSampler
 # what separates it from the next.
 PASSAGE_TOKENS, FRAME_TOKENS, ID_TOKENS = 160, 150, 5
 
-# What a run's hours are told for, about a third of what an A100 can do at the most in bfloat16.
-SUSTAINED_FLOPS = 1e14
+# What a run's hours are told for: 40% of the peak of a card of 24 GB, a sixth of an A100's. Time goes in proportion.
+SUSTAINED_FLOPS = 5e13
 
 # Questions whose tokens are counted: the longest ones for what must fit, others for the mean.
 COUNTED_QUESTIONS = 200
@@ -219,6 +219,9 @@ def make_plan(
     else:
         peak = max(steps.values(), key=lambda step: sum(step.values()))
         memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
+
+    if half:
+        memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
 
     # Work
     parameters = cost.role_parameters(roles)

@@ -12,7 +12,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .arguments import LaunchArguments
 from .checkpoint import find_checkpoints
 from .cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
-from .data import DatasetError, load_records, read_corpus, read_questions, validate_dataset
+from .data import load_records, read_corpus, read_questions, validate_dataset
 from .dro_config import DROConfig
 from .dro_trainer import DROTrainer
 from .loading import check_inputs, load_model, refuse_unsupported
@@ -177,8 +177,8 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
 
 def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     """
-    Checks settings and data, and prints the plan of the run. Where the data cannot be loaded the plan is that of the
-    settings alone, and the error is raised after it.
+    Checks settings and data, and prints the plan of the run. Without data, or without a tokenizer to count with, its
+    lengths are the most that the settings allow.
     """
     refuse_unsupported(training_args)
     models = describe_models(model, args, training_args, model_args)
@@ -187,11 +187,7 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
     if not (args.dataset_name or args.questions):
         print_plan(make_plan(models, training_args, lengths, None, 0, num_processes))
         return
-    try:
-        train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
-    except DatasetError:
-        print_plan(make_plan(models, training_args, lengths, None, 0, num_processes))
-        raise
+    train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
     datasets = {"train_dataset": train_dataset}
     if eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
