@@ -75,7 +75,11 @@ class Lengths:
         cls, dataset: Dataset, args: DROConfig, prompts: dict[Role, PromptBuilder], codec: PermutationCodec
     ) -> "Lengths":
         """Tokens of the questions with the longest documents, and of others for the mean."""
-        sizes = [sum(len(each["text"]) for each in documents) for documents in dataset["documents"]]
+        sizes = [
+            sum(len(each["text"]) for each in documents[: args.max_candidates])
+            for batch in dataset.select_columns(["documents"]).iter(batch_size=1000)
+            for documents in batch["documents"]
+        ]
         order = sorted(range(len(dataset)), key=sizes.__getitem__)
         longest = order[-COUNTED_QUESTIONS // 4 :]
         others = order[:: math.ceil(len(order) / COUNTED_QUESTIONS)]

@@ -15,7 +15,7 @@ from .cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from .data import load_records, read_corpus, read_questions, validate_dataset
 from .dro_config import DROConfig
 from .dro_trainer import DROTrainer
-from .loading import check_inputs, load_model, refuse_unsupported
+from .loading import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from .logs import print_comparison
 from .plan import Lengths, Models, make_plan, print_plan, read_config
 from .retrieval import BM25Retriever, retrieve_candidates
@@ -191,14 +191,16 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
     datasets = {"train_dataset": train_dataset}
     if eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
+    selector_model = args.selector_model_name_or_path
     try:
-        selector_model = args.selector_model_name_or_path
-        _, codec, prompts = check_inputs(model, selector_model, None, training_args, datasets)
-        lengths = Lengths.of_data(train_dataset, training_args, prompts, codec)
-    except OSError as error:
+        load_tokenizers(model, selector_model, None, training_args)
+    except (OSError, ValueError) as error:
         print(f"The tokenizer cannot be loaded, so tokens are not counted ({str(error).splitlines()[0]}).")
         for name, dataset in datasets.items():
             validate_dataset(dataset, training_args.num_selected, name)
+    else:
+        _, codec, prompts = check_inputs(model, selector_model, None, training_args, datasets)
+        lengths = Lengths.of_data(train_dataset, training_args, prompts, codec)
     num_eval = 0 if eval_dataset is None else len(eval_dataset)
     print_plan(make_plan(models, training_args, lengths, len(train_dataset), num_eval, num_processes))
 
