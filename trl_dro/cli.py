@@ -234,7 +234,9 @@ def launch(args: LaunchArguments, arguments: list[str]) -> None:
     """Starts a command in several processes, as `accelerate launch -m trl_dro.cli` does."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    flags = [] if args.accelerate_config is None else ["--config_file", args.accelerate_config]
+    flags = ["--quiet"]  # the process that failed has told why
+    if args.accelerate_config is not None:
+        flags += ["--config_file", args.accelerate_config]
     if args.num_processes is not None:
         flags += ["--num_processes", str(args.num_processes)]
         if args.accelerate_config is None and args.num_processes > 1:
