@@ -3,6 +3,9 @@
 
 from typing import Any, cast
 
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,7 +15,7 @@ from .dro_config import DROConfig
 from .permutation import PermutationCodec
 from .prompts import PromptBuilder, check_lengths
 from .rag_config import RAGConfig
-from .roles import ROLES, Role
+from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .shared_prefix import check_attention, check_layers
 
 
@@ -54,11 +57,11 @@ def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     args: DROConfig,
     quantization_config: BitsAndBytesConfig | None,
     revision: str | None = None,
-) -> PreTrainedModel:
+) -> Any:
     """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
     if not isinstance(model, str):
         return model
@@ -71,6 +74,50 @@ def load_model(
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model, **kwargs)
+
+
+def load_roles(
+    model: str | PreTrainedModel | PeftModel,
+    selector_model: str | PreTrainedModel | None,
+    args: DROConfig,
+    peft_config: PeftConfig | dict[str, PeftConfig] | None,
+    quantization_config: BitsAndBytesConfig | None,
+) -> Roles:
+    """
+    Both roles, ready to be trained: loaded, with new adapters drawn from `args.seed`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base of both roles, or of the generator when there is a `selector_model`.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base of the selector alone.
+        args ([`DROConfig`]):
+            Configuration.
+        peft_config ([`~peft.PeftConfig`] or `dict[str, PeftConfig]`, *optional*):
+            See [`~roles.prepare_role_model`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of models given by id or folder.
+
+    Returns:
+        [`~roles.Roles`]
+
+    Raises:
+        `ValueError`: models and `peft_config` do not go together, see [`~roles.prepare_role_model`].
+    """
+    set_seed(args.seed)
+    role_model = prepare_role_model(
+        load_model(model, args, quantization_config, generator_revision(args)),
+        None if selector_model is None else load_model(selector_model, args, quantization_config),
+        peft_config,
+    )
+    trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
+    roles = Roles(role_model, trained)
+    cast_adapters_for_quantized_base(roles)
+    if args.disable_dropout:
+        disable_dropout(role_model)
+    if args.gradient_checkpointing:
+        roles.enable_input_require_grads()
+    return roles
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -204,7 +251,8 @@ def check_inputs(
     selector_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | None,
     args: DROConfig,
-    datasets: dict[str, Any],
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
 ) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, PromptBuilder]]:
     """
     Tokenizers, codec and prompts of a run, and whatever can be wrong with its inputs before weights are loaded.
@@ -218,8 +266,10 @@ def check_inputs(
             Tokenizer that was passed.
         args ([`DROConfig`]):
             Configuration.
-        datasets (`dict[str, Dataset]`):
-            Datasets by the names that errors call them. Only `"train_dataset"` can have several targets.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Questions for training; needed unless there are some for evaluation.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Questions for evaluation, whose target is the first answer.
 
     Returns:
         `tuple`: tokenizer of each role, codec, prompt builder of each role.
@@ -228,6 +278,13 @@ def check_inputs(
         `DatasetError`: a dataset is malformed.
         `ValueError`: something cannot fit, or settings cannot work together.
     """
+    datasets: dict[str, Any] = {}  # by the names that errors call them
+    if train_dataset is not None or eval_dataset is None:
+        datasets["train_dataset"] = train_dataset
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .permutation import PermutationCodec, PermutationSamples
 from .prompts import question_text
+from .shared_prefix import TokenCount
 
 
 class RunningMeans:
@@ -43,6 +44,14 @@ class RunningMeans:
     def add_all(self, name: str, values: Tensor) -> None:
         """Adds every element of `values`, which may be empty."""
         self.add(name, values.float().sum(), values.numel())
+
+    def add_speed(self, seconds: dict[str, float], count: TokenCount) -> None:
+        """Adds the seconds that each step took, and the tokens that went through a model in them."""
+        for name, value in seconds.items():
+            self.add(f"{name}_seconds", value)
+        # Processes work side by side: their tokens add up, their seconds do not.
+        self.add("tokens_per_second", count.tokens, sum(seconds.values()) / self.accelerator.num_processes)
+        self.add("padding_share", count.padded - count.tokens, count.padded)
 
     def pop(self) -> dict[str, float]:
         """Means over all processes, which must have added the same names; forgets them."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .importance import elbo, iwae_bound
 from .metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
 from .rag_model import RAGModel
 
@@ -16,7 +17,7 @@ Selection = Literal["selector", "retriever", "oracle"]
 
 def answer_and_score(
     rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
-) -> tuple[list[str], list[dict[str, float]]]:
+) -> tuple[list[str], dict[str, Tensor]]:
     """
     Selects greedily, answers greedily, and scores both.
 
@@ -29,7 +30,7 @@ def answer_and_score(
             Tokens to generate at most.
 
     Returns:
-        `tuple[list[str], list[dict[str, float]]]`: answers, and the scores of [`score_prediction`], one per question.
+        `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`.
     """
     selected = select(rag, questions)  # [B, K]
     answers = rag.answer(questions, selected, max_answer_length)
@@ -39,7 +40,29 @@ def answer_and_score(
         scores.append(
             score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
         )
-    return answers, scores
+    return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
+
+
+def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str, Tensor]:
+    """
+    Bounds on the log-likelihood of answers, by sampled permutations.
+
+    Args:
+        answer_logps (`Tensor` of shape `(B, m)`):
+            Log-likelihood of each question's answer under each permutation, in nats.
+        proposal_correction (`Tensor` of shape `(B, m)`):
+            See [`~importance.iwae_bound`].
+
+    Returns:
+        `dict[str, Tensor]`: `elbo`, `iwae_bound` and `loss`, which is minus the latter, each of shape `(B,)` in nats;
+        NaN for a question with a likelihood that is not finite.
+    """
+    usable = (answer_logps + proposal_correction).isfinite().all(dim=-1)
+    scores = {}
+    for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
+        scores[name] = torch.full_like(answer_logps[:, 0], float("nan"))
+        scores[name][usable] = bound(answer_logps[usable], proposal_correction[usable])
+    return {**scores, "loss": -scores["iwae_bound"]}
 
 
 def recall_cutoffs(num_selected: int) -> list[int]:
