@@ -92,7 +92,7 @@ def completion_logps(completion: CompletionLogits, mean: bool = False) -> Tensor
         token_logps = _token_logps(logits, tokens)
     else:
         # Kept for the backward is what the model gave, and no float32 copy of it.
-        parts = zip(logits.split(size), tokens.split(size), strict=True)
+        parts = zip(torch.split(logits, size), torch.split(tokens, size), strict=True)
         token_logps = torch.cat([checkpoint(_token_logps, *part, use_reentrant=False) for part in parts])
     lengths = torch.tensor(completion.lengths, device=logits.device)
     rows = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths, output_size=len(tokens))
