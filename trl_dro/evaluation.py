@@ -33,6 +33,9 @@ QUESTIONS_FILE = "questions.jsonl"
 PARTIAL_FILE = "questions.partial.jsonl"
 SUMMARY_FILE = "summary.json"
 
+# Arguments that do not change the result of a question.
+_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
+
 Scored = dict[str, Any]
 
 
@@ -206,10 +209,6 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     print_report(summary, args.baseline)
     print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
     return summary
-
-
-# What does not change the result of a question.
-_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
 
 
 def run(

@@ -7,7 +7,14 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .data.schema import validate_dataset
@@ -163,6 +170,11 @@ def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str 
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
     check_layers(config)
+    return longest_sequence(config)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a model can read; `None` if it has no limit."""
     # Models without absolute or rotary positions do not have the attribute.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

@@ -137,7 +137,7 @@ def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, re
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})
 
 
-def comparison_table(before: dict[str, float], after: dict[str, float], prefix: str = "eval_") -> Table:
+def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table:
     """
     Table of two evaluations of the same questions, with the retriever's own recall beside the selector's.
 
@@ -146,8 +146,6 @@ def comparison_table(before: dict[str, float], after: dict[str, float], prefix: 
             Output of `DROTrainer.evaluate` before training.
         after (`dict[str, float]`):
             The same after training.
-        prefix (`str`, *optional*, defaults to `"eval_"`):
-            Prefix of the metrics' names.
 
     Returns:
         [`~rich.table.Table`]: percentages, and bounds in nats.
@@ -157,15 +155,15 @@ def comparison_table(before: dict[str, float], after: dict[str, float], prefix: 
     for heading in ("retriever", "before", "after", "change"):
         table.add_column(heading, justify="right")
     shares = {"em": "exact match, %", "f1": "F1, %"}
-    names = [name.removeprefix(prefix) for name in before]
-    shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in names if name.startswith("recall@")}
+    before, after = ({name.removeprefix("eval_"): value for name, value in m.items()} for m in (before, after))
+    shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in before if name.startswith("recall@")}
     for name, label in shares.items():
-        retriever = before.get(f"{prefix}retriever_{name}")
-        old, new = 100 * before[prefix + name], 100 * after[prefix + name]
+        retriever = before.get(f"retriever_{name}")
+        old, new = 100 * before[name], 100 * after[name]
         first = "" if retriever is None else f"{100 * retriever:.1f}"
         table.add_row(label, first, f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}")
     for name, label in (("elbo", "ELBO, nats"), ("iwae_bound", "IWAE bound, nats")):
-        old, new = before[prefix + name], after[prefix + name]
+        old, new = before[name], after[name]
         table.add_row(label, "", f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}")
     return table
 

@@ -144,7 +144,8 @@ class RAGModel:
         groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
         prompts = self._selector_prompts(questions) if read is None else read.prompts
         model = self.roles.module("selector")
-        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together.
+        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together. Only modules
+        # that can be checkpointed have the attribute.
         cached = not (model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
 
         def score(rows: list[int]) -> Sequence[Tensor]:
@@ -217,6 +218,18 @@ class RAGModel:
         logps = torch.cat(self._in_chunks(score, lengths))
         aliases = logps.split([len(targets[question]) for question, _ in pairs])
         return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
+
+    def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
+        """
+        Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
+        nothing shared between the generator's prompts.
+        """
+        lengths = []
+        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
+            longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
+            prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
+            lengths.append(max(row, num_permutations * len(prompt)))
+        return lengths
 
     @torch.no_grad()
     def answer(
@@ -296,18 +309,6 @@ class RAGModel:
 
     def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
         return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
-
-    def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
-        """
-        Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
-        nothing shared between the generator's prompts.
-        """
-        lengths = []
-        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
-            longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
-            prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
-            lengths.append(max(row, num_permutations * len(prompt)))
-        return lengths
 
     def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Questions answered by both roles, and how good their documents and answers are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -109,8 +109,8 @@ def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Select
         questions (`list[dict]` of length `B`):
             Records with their candidates in retrieval order.
         selection (`str`, *optional*, defaults to `"selector"`):
-            `"selector"`; `"retriever"`, the first candidates; or `"oracle"`, the relevant candidates first: those of
-            `positive_ids` where a record has them, those that contain an answer where it has none.
+            `"selector"`; `"retriever"`, the first candidates; or `"oracle"`, the relevant ones first, see
+            [`is_relevant`].
 
     Returns:
         `Tensor` of shape `(B, K)`: places in `documents`, from 1.
@@ -125,7 +125,7 @@ def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Select
     return torch.tensor([order[: rag.codec.num_selected] for order in orders])
 
 
-def is_relevant(document: dict[str, Any], question: dict[str, Any]) -> bool:
+def is_relevant(document: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     """Whether a document is among the `positive_ids` of its question or, where there are none, contains an answer."""
     if question.get("positive_ids"):
         return document.get("id") in question["positive_ids"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Lines of plain or gzipped text files and what they hold, with the place of each for error messages."""
+"""Lines of plain or gzipped text files and rows of datasets, with the place of each for error messages."""
 
 import csv
 import gzip
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .schema import DatasetError
@@ -116,6 +117,15 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
         raise DatasetError(
             f"{os.fspath(path)}: is empty; write the names of the columns in the first line, then one row per line"
         )
+
+
+def dataset_rows(dataset: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place (`"NAME, row N"`, from 0) and the values of each row of a dataset."""
+    row = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        for values in batch.to_pylist():
+            yield f"{name}, row {row}", values
+            row += 1
 
 
 def require_key(row: dict[str, Any], key: str, where: str) -> None:
