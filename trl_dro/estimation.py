@@ -80,7 +80,18 @@ def draw(
 
 
 def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Records with their documents in the orders of [`Draws`]."""
+    """
+    Records with their documents as they are shown to the selector.
+
+    Args:
+        records (`list[dict]` of length `B`):
+            Questions with `documents`.
+        orders (`list[list[int]]` of length `B`):
+            See [`Draws`].
+
+    Returns:
+        `list[dict]` of length `B`
+    """
     return [
         {**record, "documents": [record["documents"][i] for i in order]}
         for record, order in zip(records, orders, strict=True)

@@ -69,7 +69,22 @@ def load_model(
     quantization_config: BitsAndBytesConfig | None,
     revision: str | None = None,
 ) -> Any:
-    """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
+    """
+    Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        args ([`DROConfig`]):
+            Configuration.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model that is loaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
+    """
     if not isinstance(model, str):
         return model
     # The config's type allows a JSON string, which its constructor has parsed.
@@ -223,7 +238,13 @@ def load_tokenizers(
     processing_class: PreTrainedTokenizerBase | None,
     args: DROConfig,
 ) -> dict[Role, PreTrainedTokenizerBase]:
-    """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
+    """
+    Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed.
+
+    Raises:
+        `TypeError`: `processing_class` is no tokenizer.
+        `ValueError`: a model instance does not say where its tokenizer is, or a tokenizer has no eos token.
+    """
     generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
@@ -239,6 +260,19 @@ def build_prompts(
 ) -> dict[Role, PromptBuilder]:
     """
     Prompt builder of each role, limited to what the model's context leaves beside the completion.
+
+    Args:
+        args ([`DROConfig`] or [`~rag_config.RAGConfig`]):
+            Templates and sizes.
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizer of each role.
+        codec ([`~permutation.PermutationCodec`]):
+            Form of permutations, the selector's completions.
+        contexts (`dict[str, int]`):
+            Longest sequence of each role's model in tokens; `None` for no limit.
+
+    Returns:
+        `dict[str, PromptBuilder]`
 
     Raises:
         `ValueError`: a template is malformed, or `max_prompt_length` does not leave room for the completion.

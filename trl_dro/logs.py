@@ -101,7 +101,26 @@ def permutation_rows(
     answer_logps: Tensor,
     weights: Tensor,
 ) -> list[dict[str, Any]]:
-    """One dict per sampled permutation, `m` in a row for each question, for the functions below."""
+    """
+    One dict per sampled permutation, for [`permutation_table`] and [`save_permutations`].
+
+    Args:
+        step (`int`):
+            Update, from 1.
+        questions (`list[dict]` of length `B`):
+            Questions with their documents in the order that the permutations refer to.
+        targets (`list[list[str]]` of length `B`):
+            Answers of each question; the first is shown.
+        samples ([`~permutation.PermutationSamples`]):
+            Permutations and their log-probabilities.
+        answer_logps (`Tensor` of shape `(B, m)`):
+            Log-likelihoods of the answers, in nats.
+        weights (`Tensor` of shape `(B, m)`):
+            Weights of the permutations.
+
+    Returns:
+        `list[dict]` of length `B * m`: question by question.
+    """
     columns = (samples.permutations, samples.logps, answer_logps, weights)
     return [
         {

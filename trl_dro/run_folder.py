@@ -202,7 +202,7 @@ class LoadOptions:
         self.target = torch.device(self.device or accelerator or "cpu")
 
     def load(self, source: RoleSource) -> PreTrainedModel:
-        """The full model of a role: its own, or the base of its adapter."""
+        """The full model of a role, or the base of its adapter. Raises `ValueError` if it cannot be loaded."""
         kwargs: dict[str, Any] = {}
         if self.quantization_config is not None:
             kwargs = {"quantization_config": self.quantization_config, "device_map": {"": self.target}}

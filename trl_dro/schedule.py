@@ -60,6 +60,9 @@ class EstimationSampler:
             Index of this process.
         world_size (`int`, *optional*, defaults to `1`):
             Number of processes.
+
+    Raises:
+        `ValueError`: `drop_last` leaves no micro-batch.
     """
 
     def __init__(

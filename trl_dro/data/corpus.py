@@ -53,7 +53,7 @@ class Corpus:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "Corpus":
-        """A corpus of passages in memory, which are taken as they are."""
+        """A corpus of passages in memory, which are taken as they are. Raises a [`DatasetError`] if there are none."""
         rows = [{"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in documents]
         if not rows:
             raise DatasetError("the corpus has no passages; check the file it was read from")
@@ -71,7 +71,16 @@ class Corpus:
         ]
 
     def rankings(self, positions: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[list[Document]]:
-        """The passages of several rankings, each with its score; a passage is read once for all of them."""
+        """
+        The passages of several rankings, each with its score; a passage is read once for all of them.
+
+        Args:
+            positions (`list[list[int]]`): positions of the passages of each ranking, best first.
+            scores (`list[list[float]]`): their scores.
+
+        Returns:
+            `list[list[Document]]`: in the order of `positions`.
+        """
         unique = sorted({position for ranking in positions for position in ranking})
         documents = dict(zip(unique, self.documents(unique), strict=True))
         return [

@@ -70,7 +70,12 @@ def read_lines(path: str | os.PathLike, show_progress: bool = False) -> Iterator
 
 
 def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place (`"FILE, line N"`) and the object of each line of a JSON Lines file that is not blank."""
+    """
+    Yields the place (`"FILE, line N"`, from 1) and the object of each line of a JSON Lines file that is not blank.
+
+    Raises:
+        `DatasetError`: a line is no object, the file has none, or it cannot be read, see [`read_lines`].
+    """
     is_empty = True
     for number, text in read_lines(path, show_progress):
         if not text.strip():
@@ -92,7 +97,12 @@ def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator
 
 
 def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place and the columns of each row of a file of tab-separated values whose first line names them."""
+    """
+    Yields the place and the columns of each row of a file of tab-separated values whose first line names them.
+
+    Raises:
+        `DatasetError`: a row has other columns, the file has none, or it cannot be read, see [`read_lines`].
+    """
     reader = csv.reader((text for _, text in read_lines(path, show_progress)), delimiter="\t")
     columns = next(reader, [])
     is_empty = True
@@ -135,7 +145,7 @@ def require_key(row: dict[str, Any], key: str, where: str) -> None:
 
 
 def as_identifier(value: Any, where: str) -> str:
-    """An id as a string; whole numbers are taken too."""
+    """An id as a string; whole numbers are taken too, and anything else raises a [`DatasetError`]."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DatasetError(f"{where}, key id: must be a string or a whole number, not {value!r}; write one")
     return str(value)
