@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -40,9 +39,6 @@ from .roles import Role
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 from .scoring import answer_and_score, score_bounds
 from .shared_prefix import ReadPrompts, TokenCount
-
-
-logger = get_logger(__name__)
 
 
 class DROTrainer(RoleTrainer):
@@ -371,6 +367,7 @@ class DROTrainer(RoleTrainer):
         seeds: list[int],
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
+        """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
         samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
         if self.args.selector_likelihood == "constrained":
             return samples
