@@ -212,6 +212,7 @@ class DROTrainer(RoleTrainer):
             return self._em_step(model, inputs)
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """E-step, unless that of the block serves this micro-batch too, and M-step. Returns both losses, added up."""
         parts = self._split(inputs.block[inputs.position])
         self._shown_permutations = []
         loss = torch.zeros((), device=self.args.device)
@@ -239,6 +240,7 @@ class DROTrainer(RoleTrainer):
 
     @property
     def _estimates_serve_once(self) -> bool:
+        """Whether each E-step serves one micro-batch once, so that the M-step has the weights it was made with."""
         return self.args.steps_per_estimation == self.args.maximization_epochs == 1
 
     def _block_estimates(self, inputs: MicroBatch) -> list[Estimate]:
