@@ -20,6 +20,8 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@awk 'FNR == 501 { print FILENAME ": has over 500 lines, it is two files"; long = 1 } END { exit long }' \
+		$$(find trl_dro -name '*.py')
 
 bench: .venv/.installed
 	set -e; for script in $(filter-out benchmarks/learning%,$(wildcard benchmarks/*.py)) "benchmarks/learning.py --quick"; do \

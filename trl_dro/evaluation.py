@@ -27,6 +27,9 @@ from .scoring import Selection, score_question, select
 QUESTIONS_FILE = "questions.jsonl"
 SUMMARY_FILE = "summary.json"
 
+# Arguments that do not change the result of a question.
+_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
+
 Scored = dict[str, Any]
 
 
@@ -204,10 +207,6 @@ def load_options(args: Any) -> LoadOptions:
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
-
-
-# What does not change the result of a question.
-_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
 
 
 def run(

@@ -20,10 +20,10 @@ from .arguments import LaunchArguments
 from .data.files import load_records
 from .data.lines import read_jsonl
 from .data.schema import DatasetError, Document, Record, validate_dataset
-from .metrics.text import has_answer
 from .permutation import PermutationCodec, parse_permutation
 from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
 from .roles import ROLES
+from .scoring import is_relevant
 
 
 _PASSAGE = re.compile(r"^\[(\d+)\] *(.*\S) *$", re.MULTILINE)
@@ -212,15 +212,11 @@ def selector_examples(
 
 def relevant_first(record: Record) -> Record:
     """
-    A record whose relevant documents stand first, the others behind them in their order: those of `positive_ids` or,
-    where there are none, those that contain an answer.
+    A record whose relevant documents, see [`~scoring.is_relevant`], stand first, and the others behind them, both in
+    their order.
     """
-    positives = record.get("positive_ids")
-
-    def is_relevant(document: Any) -> bool:
-        return document.get("id") in positives if positives else has_answer(document["text"], record["answers"])
-
-    return {**record, "documents": sorted(record["documents"], key=lambda document: not is_relevant(document))}
+    documents = sorted(record["documents"], key=lambda document: not is_relevant(document, record))
+    return {**record, "documents": documents}
 
 
 def read_listwise_rankings(path: str | os.PathLike) -> list[Record]:
