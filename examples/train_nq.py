@@ -19,7 +19,8 @@ accelerate launch examples/train_nq.py --model_name_or_path meta-llama/Meta-Llam
 From adapters that were trained before, by SFT say, on the base named by `--model_name_or_path`:
 
 ```bash
-accelerate launch examples/train_nq.py … --selector_adapter sft/selector --generator_adapter sft/generator
+accelerate launch examples/train_nq.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct \
+    --dataset_name nq-top20 --selector_adapter sft/selector --generator_adapter sft/generator
 ```
 
 A dataset that has its candidates already (columns `question`, `answers`, `documents`), on disk or on the Hub:

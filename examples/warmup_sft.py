@@ -7,7 +7,8 @@ selector on a teacher's rankings. The script of `trl-dro warmup`, to be copied a
 ```bash
 accelerate launch examples/warmup_sft.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct \\
     --dataset_name nq-top20 --teacher relevant --output_dir sft --learning_rate 1e-4 --num_train_epochs 1
-accelerate launch examples/train_nq.py … --selector_adapter sft/selector --generator_adapter sft/generator
+accelerate launch examples/train_nq.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct \\
+    --dataset_name nq-top20 --selector_adapter sft/selector --generator_adapter sft/generator
 ```
 
 `--teacher` is `retriever` (its order), `relevant` (documents that contain an answer first), or a file of rankings in

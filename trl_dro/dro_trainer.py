@@ -61,7 +61,7 @@ class DROTrainer(RoleTrainer):
     trainer = DROTrainer(
         model="meta-llama/Meta-Llama-3-8B-Instruct",
         args=DROConfig(output_dir="llama3-dro"),
-        train_dataset=load_from_disk("nq-top20"),  # question, answers, documents
+        train_dataset=load_from_disk("nq-top20/train"),  # question, answers, documents
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
     )
     trainer.train()

@@ -92,7 +92,7 @@ class RAGPipeline:
     from trl_dro import RAGPipeline
 
     pipe = RAGPipeline.from_pretrained("llama3-dro")  # a run folder or a Hub repo
-    output = pipe("who wrote the origin of species", documents=[{"id": "7", "title": "…", "text": "…"}, …])
+    output = pipe("who wrote the origin of species", documents=[{"id": "7", "title": "…", "text": "…"}])
     output.answer, [(document.id, document.probability) for document in output.documents]
     ```
     """

@@ -71,6 +71,9 @@ def load_benchmark(name: str, split: str = "train", source: str | os.PathLike | 
 
     Example:
     ```python
+    # needs MuSiQue's file
+    from trl_dro.data import load_benchmark
+
     questions = load_benchmark("musique", "dev", source="musique_ans_v1.0_dev.jsonl")
     ```
     """

@@ -42,6 +42,9 @@ class Corpus:
 
     Example:
     ```python
+    # needs DPR's file of passages
+    from trl_dro.data import open_corpus
+
     corpus = open_corpus("psgs_w100.tsv.gz")
     corpus.documents([0, 2])
     ```

@@ -49,6 +49,9 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
 
     Example:
     ```python
+    from trl_dro.data import read_corpus, read_questions
+    from trl_dro.retrieval import BM25Retriever, retrieve_candidates
+
     retriever = BM25Retriever(read_corpus("corpus.jsonl"))
     dataset = retrieve_candidates(read_questions("train.jsonl"), retriever, k=20)
     ```
@@ -105,6 +108,10 @@ def retrieve_to_folder(
 
     Example:
     ```python
+    # needs DPR's file of passages, and the questions from the Hub
+    from trl_dro.data import load_benchmark, open_corpus
+    from trl_dro.retrieval import BM25Retriever, retrieve_to_folder
+
     corpus = open_corpus("psgs_w100.tsv.gz")
     dataset = retrieve_to_folder(load_benchmark("nq", "train"), BM25Retriever(), corpus, "nq-top20")
     ```
