@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from .data import load_records, read_corpus, read_questions, validate_dataset
 from .data.schema import DatasetError
+from .data.storage import write_whole
 from .evaluation_report import load_baseline, print_report, summarize
 from .pipeline import RAGPipeline
 from .prompts import question_text
@@ -273,7 +273,7 @@ def run(
                 progress.update(len(rows))
     results = [done[row] for row in range(len(dataset))]
     if not finished.is_file():
-        _write(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+        write_whole(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
     partial_file.unlink(missing_ok=True)
     return results
 
@@ -404,10 +404,4 @@ def _whole_lines(path: Path) -> list[Scored]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or not there."""
-    _write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
