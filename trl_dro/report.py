@@ -45,7 +45,7 @@ class ReportArguments:
         output_dir (`str`, *optional*):
             Folder of `report.html` and of the figures; `report` in the run's folder by default.
         evaluation (`list[str]`, *optional*):
-            Folders of `trl-dro evaluate`, whose outcomes and answers are shown too.
+            Folders of `trl-dro evaluate`, whose causes of errors are shown too, and answers of the last one.
     """
 
     run: str = field(metadata={"help": "Output folder of a training run."})
@@ -53,7 +53,8 @@ class ReportArguments:
         default=None, metadata={"help": "Folder of the page and its figures; RUN/report by default."}
     )
     evaluation: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of `trl-dro evaluate` to show causes of errors of."}
+        default_factory=list,
+        metadata={"help": "Folders of `trl-dro evaluate` whose errors to show; answers are of the last one."},
     )
 
 
@@ -76,6 +77,7 @@ def report(args: ReportArguments) -> Path:
     history = read_log_history(run)
     questions = questions_of([row for path, _ in permutation_files(run) for row in read_lines(path)])
     evaluated = {_name(folder, args.evaluation): _read_evaluation(Path(folder)) for folder in args.evaluation}
+    answered = evaluated[_name(args.evaluation[-1], args.evaluation)][1] if args.evaluation else []
     evaluations = evaluations_of(history)
     num_permutations = max(map(len, questions), default=None)
 
@@ -93,8 +95,8 @@ def report(args: ReportArguments) -> Path:
         f"Selection: Recall@k {evaluating}.": selection_section(evaluations),
         f"Answers: exact match and F1 {evaluating}.": answers_section(evaluations),
         f"Importance weights: a sample of them {training}.": weights_section(questions),
-        f"Examples: a sample of permutations {training}.": examples_section(questions, evaluated),
         f"Errors: their causes {outcomes}.": errors_section(evaluated),
+        f"Examples: a sample of permutations {training}.": examples_section(questions, answered),
     }
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(
         Path(__file__).with_name(PAGE_FILE).read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ except ImportError:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 GREY = "#8A8A8A"
 _MARKERS = "osD^v"
+_DASHES = ("-", "--", "-.", ":", "-")
 _HATCHES = ("", "////", "....", "xxxx", "----")
 # Legible at the width of a phone, where an inch is some 75 pixels.
 _SIZE = (4.6, 3.1)  # inches
@@ -58,7 +59,8 @@ def curves(lines: Mapping[str, Points], ylabel: str, limit: tuple[float, str] | 
         figure, axes = _figure()
         for number, (name, points) in enumerate(lines.items()):
             marker = _MARKERS[number] if len(points) <= 40 else None
-            axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[number], marker=marker, markersize=4.5)
+            style = {"color": COLOURS[number], "linestyle": _DASHES[number], "marker": marker, "markersize": 4.5}
+            axes.plot(*zip(*points, strict=True), label=name, **style)
         if limit is not None:
             axes.axhline(limit[0], label=limit[1], color=GREY, linestyle="--", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

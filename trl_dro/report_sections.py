@@ -38,6 +38,7 @@ OUTCOMES = {
     "not_selected": ("not selected", "a candidate contains the answer, no selected document does"),
     "not_retrieved": ("not among candidates", "no candidate contains the answer"),
 }
+SHOWN_QUESTIONS = 4
 SHOWN_PERMUTATIONS = 8  # of a question, the heaviest
 SHOWN_EVALUATIONS = 12
 
@@ -68,7 +69,7 @@ class Sampled:
     question: str
     answer: str
     step: int
-    permutations: list[tuple[str, float, float, float]]
+    permutations: list[tuple[str, str, str, float]]
     left_out: int
 
 
@@ -300,48 +301,37 @@ def weights_section(questions: Sequence[Sequence[Row]]) -> Section | None:
     return Section("Importance weights", text, [picture])
 
 
-def examples_section(
-    questions: Sequence[Sequence[Row]], evaluations: Mapping[str, tuple[Row, list[Row]]]
-) -> Section | None:
-    """Questions of the last log with their permutations, and one answered question per outcome."""
+def examples_section(questions: Sequence[Sequence[Row]], answered: Sequence[Row]) -> Section | None:
+    """Questions of the last log with their permutations, and an answered question of every outcome."""
+    if not questions and not answered:
+        return None
     section = Section(
         "Examples",
-        "Training questions at the last log, with the permutations that the selector drew and what they weighed; "
-        "evaluation questions with their answers.",
+        "Training questions at the last log, with the permutations that the selector drew and what they weighed"
+        + ("; an evaluation question of every outcome." if answered else "."),
     )
-    last_step = max((rows[0]["step"] for rows in questions), default=None)
-    for rows in questions:
-        if rows[0]["step"] == last_step:
-            heaviest = sorted(rows, key=lambda row: -row["weight"])
-            section.sampled.append(
-                Sampled(
-                    rows[0]["question"],
-                    rows[0]["answer"],
-                    rows[0]["step"],
-                    [
-                        (_documents(row), row["logp"], row["answer_logp"], row["weight"])
-                        for row in heaviest[:SHOWN_PERMUTATIONS]
-                    ],
-                    max(0, len(rows) - SHOWN_PERMUTATIONS),
-                )
+    last = [rows for rows in questions if rows[0]["step"] == questions[-1][0]["step"]]
+    for rows in last[:SHOWN_QUESTIONS]:
+        heaviest = sorted(rows, key=lambda row: -row["weight"])[:SHOWN_PERMUTATIONS]
+        permutations = [
+            (_documents(row), _nats(row["logp"]), _nats(row["answer_logp"]), row["weight"]) for row in heaviest
+        ]
+        first = rows[0]
+        left_out = len(rows) - len(heaviest)
+        section.sampled.append(Sampled(first["question"], first["answer"], first["step"], permutations, left_out))
+    for outcome, (label, meaning) in OUTCOMES.items():
+        row = next((row for row in answered if row["outcome"] == outcome), None)
+        if row is not None:
+            section.answered.append(
+                {
+                    "question": row["question"],
+                    "gold answers": "; ".join(row["answers"]),
+                    "prediction": row["prediction"] or "(nothing)",
+                    "selected candidates": _selected(row),
+                    "outcome": f"{label}: {meaning}",
+                }
             )
-    section.sampled = section.sampled[:4]
-    for name, (_, rows) in evaluations.items():
-        for outcome, (label, meaning) in OUTCOMES.items():
-            row = next((row for row in rows if row["outcome"] == outcome), None)
-            if row is not None:
-                ids = [place if i is None else f"{place} ({i})" for place, i in _selected(row)]
-                section.answered.append(
-                    {
-                        "question": row["question"],
-                        "gold answers": "; ".join(row["answers"]),
-                        "prediction": row["prediction"] or "(nothing)",
-                        "selected candidates": ", ".join(ids),
-                        "outcome": f"{label}: {meaning}",
-                        "evaluation": name,
-                    }
-                )
-    return section if section.sampled or section.answered else None
+    return section
 
 
 def errors_section(evaluations: Mapping[str, tuple[Row, list[Row]]]) -> Section | None:
@@ -395,8 +385,8 @@ def _interval(name: str, values: Row | None) -> str:
     if values is None:
         return "–"
     _, scale, digits = metric_label(name)
-    mean, low, high = (f"{scale * values[key]:.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low}–{high})"
+    mean, low, high = (_number(scale, values[key], digits) for key in ("mean", "low", "high"))
+    return f"{mean} ({low}–\N{WORD JOINER}{high})"  # no line ends within an interval
 
 
 def _points(rows: Iterable[Row], name: str) -> list[tuple[float, float]]:
@@ -419,8 +409,10 @@ def _documents(row: Row) -> str:
     return " › ".join(f"{place} {title}".strip() for place, title in zip(places, row["titles"], strict=True))
 
 
-def _selected(row: Row) -> list[tuple[str, str | None]]:
-    return [(f"[{place}]", i) for place, i in zip(row["selected"], row["selected_ids"], strict=True)]
+def _selected(row: Row) -> str:
+    """Places and ids of an answered question's documents."""
+    pairs = zip(row["selected"], row["selected_ids"], strict=True)
+    return " › ".join(f"[{place}]" if name is None else f"[{place}] {name}" for place, name in pairs)
 
 
 def _evenly(rows: list[Row], most: int) -> list[Row]:
@@ -447,7 +439,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _number(scale: float, value: float | None, digits: int) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{scale * value:,.{digits}f}"
+    return "–" if value is None or not math.isfinite(value) else f"{scale * value:,.{digits}f}".replace("-", "−")
 
 
 def _percent(value: float | None) -> str:
