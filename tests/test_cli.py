@@ -140,6 +140,13 @@ def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
     assert "usage: trl-dro {retrieve,evaluate,serve}" in capsys.readouterr().out
 
 
+def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+    flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", str(files / "questions.jsonl"), *map(str, flags)])
+    main()
+    assert len(load_from_disk(files / "out" / "train")) == 6
+
+
 def test_every_setting_is_in_the_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", "--help"])
     with pytest.raises(SystemExit):

@@ -2,7 +2,7 @@
 """The command line: `trl-dro {retrieve,evaluate,serve} --help`."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,9 @@ def main() -> None:
     module, arguments_type, function = COMMANDS[name]
     try:
         dataclass_type: Any = getattr(import_module(module), arguments_type)
+        first = fields(dataclass_type)[0]
+        if first.default is MISSING and arguments and not arguments[0].startswith("-"):
+            arguments.insert(0, f"--{first.name}")  # what must be given may come first without its name
         description = dataclass_type.__doc__.partition("Args:")[0]
         parser = TrlParser((dataclass_type,), prog=f"trl-dro {name}", description=description)
         (parsed,) = parser.parse_args_and_config(arguments)

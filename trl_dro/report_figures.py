@@ -59,8 +59,8 @@ def curves(lines: Mapping[str, Points], ylabel: str, limit: tuple[float, str] | 
         figure, axes = _figure()
         for number, (name, points) in enumerate(lines.items()):
             marker = _MARKERS[number] if len(points) <= 40 else None
-            style = {"color": COLOURS[number], "linestyle": _DASHES[number], "marker": marker, "markersize": 4.5}
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+            style, colour = _DASHES[number], COLOURS[number]
+            axes.plot(*zip(*points, strict=True), style, label=name, color=colour, marker=marker, markersize=4.5)
         if limit is not None:
             axes.axhline(limit[0], label=limit[1], color=GREY, linestyle="--", linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -158,6 +158,9 @@ def stacked_shares(shares: Mapping[str, Mapping[str, float]], xlabel: str) -> by
             plate = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
             axes.bar_label(drawn, numbers, label_type="center", fontsize=8, bbox=plate)
             starts = [start + value for start, value in zip(starts, values, strict=True)]
+        # A path of any length must leave room for the bars.
+        names = [name if len(name) <= 18 else f"…{name[-17:]}" for name in shares]
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, xlim=(0, 100))
         _legend_above(axes)
