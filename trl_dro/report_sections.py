@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from .evaluation_report import ERRORS, metric_label
-from .report_figures import bars, curves, histogram, stacked_shares
+from .report_figures import COLOURS, bars, curves, histogram, stacked_shares
 
 
 Row = dict[str, Any]
@@ -152,9 +152,8 @@ def learning_section(
     for dataset, rows in evaluations.items():
         held_out = [{"step": step, **row} for step, row in rows.items()]
         bounds[f"IWAE bound, {dataset or 'evaluation'}"] = _points(held_out, "iwae_bound")
-    draw(
-        "bounds", dict(list(bounds.items())[:5]), "nats per question", "ELBO and IWAE bound in nats; higher is better."
-    )
+    caption = "ELBO and IWAE bound in nats per question; higher is better."
+    draw("bounds", dict(list(bounds.items())[: len(COLOURS)]), "nats per question", caption)
     limit = None if num_permutations is None else (num_permutations, f"m = {num_permutations}, all weigh alike")
     draw(
         "ess",
