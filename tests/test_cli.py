@@ -218,6 +218,13 @@ def test_one_process_trains_without_a_launcher(monkeypatch):
     assert trained[0][0].dataset_name == "data" and trained[0][1].num_permutations == 3
 
 
+def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+    flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", str(files / "questions.jsonl"), *map(str, flags)])
+    main()
+    assert len(load_from_disk(files / "out" / "train")) == 6
+
+
 def test_the_command_line_does_not_import_torch():
     # It takes seconds, and a call that finds its result in the cache needs none of it.
     code = "import sys, trl_dro.cli; sys.exit('torch' in sys.modules)"

@@ -603,7 +603,7 @@ def test_permutations_are_shown_and_kept(make_trainer, capsys):
     trainer = make_trainer(log_permutations=True, max_steps=1)
     trainer.train()
     assert "weight" in capsys.readouterr().out
-    text = Path(trainer.args.output_dir, "permutations", "step-1.jsonl").read_text()
+    text = Path(trainer.args.output_dir, "_permutations", "step-1.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 2 * 4
     assert sum(row["weight"] for row in rows[:4]) == pytest.approx(1)

@@ -116,7 +116,7 @@ def test_table_has_the_heaviest_permutation_first_and_shows_brackets():
 def test_permutations_are_kept_as_json_lines(tmp_path):
     rows = make_rows()
     save_permutations(rows, tmp_path, report_to=[])
-    lines = (tmp_path / "permutations" / "step-9.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "_permutations" / "step-9.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rows
 
 

@@ -15,11 +15,11 @@ from trl_dro.checkpoint import find_damage
 from trl_dro.roles import ROLES
 
 from .test_dro_trainer import make_dataset
-from .test_faults import history, make_trainer, weights_of
+from .test_faults import LOGS, history, make_trainer, weights_of
 
 
 def checkpoints_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted({path.name for path in folder.iterdir()} - LOGS)
 
 
 SAVE = {"save_strategy": "steps", "save_steps": 1}

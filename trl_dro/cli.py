@@ -4,7 +4,7 @@
 import difflib
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,11 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         sys.exit(2)
     module, _, function = COMMANDS[name]
     try:
-        parsed = make_parser(name).parse_args_and_config(arguments)
+        parser = make_parser(name)
+        first = fields(next(iter(parser.dataclass_types)))[0]
+        if first.default is MISSING and arguments and not arguments[0].startswith("-"):
+            arguments.insert(0, f"--{first.name}")  # what must be given may come first without its name
+        parsed = parser.parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments])
         else:

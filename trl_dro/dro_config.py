@@ -128,9 +128,9 @@ class DROConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_permutations (`bool`, *optional*, defaults to `False`):
-            At every log print a table of a question, its permutations, their weights and the answer, write those of
-            the last micro-batch to `permutations/` in the output folder, and send them to wandb or trackio if those
-            are reported to.
+            At every log print a table of a question, its permutations, their weights and the answer, keep those of
+            the whole last micro-batch in `_permutations/` of the output folder, where otherwise four questions are
+            kept, and send them to wandb or trackio if those are reported to.
         tiny_likelihood (`float`, *optional*, defaults to `1e-6`):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
@@ -267,7 +267,8 @@ class DROConfig(_BaseConfig):
 
     # Logging
     log_permutations: bool = field(
-        default=False, metadata={"help": "Show permutations, their weights and answers at every log, and keep them."}
+        default=False,
+        metadata={"help": "Show permutations, their weights and answers at every log, and keep more of them."},
     )
     tiny_likelihood: float = field(
         default=1e-6,

@@ -30,7 +30,7 @@ from .estimation import (
     significant_permutations,
 )
 from .loading import check_inputs, load_roles, refuse_unsupported
-from .logs import permutation_rows, print_permutations, save_permutations
+from .logs import QUESTIONS_PER_LOG, permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationSamples
 from .prompts import question_text
 from .rag_model import RAGModel, chunk_rows
@@ -390,15 +390,14 @@ class DROTrainer(RoleTrainer):
             self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
-        if self.args.log_permutations:
-            self._shown_permutations += permutation_rows(
-                self.state.global_step + 1,
-                questions,
-                estimate.targets,
-                estimate.samples,
-                estimate.answer_logps,
-                weights.generator,
-            )
+        self._shown_permutations += permutation_rows(
+            self.state.global_step + 1,
+            questions,
+            estimate.targets,
+            estimate.samples,
+            estimate.answer_logps,
+            weights.generator,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes, to a log of training."""
@@ -410,8 +409,12 @@ class DROTrainer(RoleTrainer):
             most = min(self.args.num_permutations, num_possible)
             self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
             if self._shown_permutations and self.is_world_process_zero():
-                print_permutations(self._shown_permutations[: self.args.num_permutations])
-                save_permutations(self._shown_permutations, self.args.output_dir, self.args.report_to)
+                shown, trackers = self._shown_permutations, self.args.report_to
+                if self.args.log_permutations:
+                    print_permutations(shown[: self.args.num_permutations])
+                else:  # a few, for `trl-dro report`
+                    shown, trackers = shown[: QUESTIONS_PER_LOG * self.args.num_permutations], []
+                save_permutations(shown, self.args.output_dir, trackers)
         super().log(logs, start_time)
 
     def _warn_of_collapse(self, unique_share: float) -> None:

@@ -15,9 +15,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .data.storage import write_whole
 from .permutation import PermutationCodec, PermutationSamples
 from .prompts import question_text
 from .shared_prefix import TokenCount
+
+
+# Not uploaded with the run: names with an underscore are not, and the questions may be private.
+PERMUTATIONS_FOLDER = "_permutations"
+QUESTIONS_PER_LOG = 4  # kept when log_permutations is off
 
 
 class RunningMeans:
@@ -146,11 +152,11 @@ def print_permutations(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, report_to: Sequence[str]) -> None:
-    """Writes rows to `permutations/step-N.jsonl` in the output folder, and as a table to wandb or trackio."""
-    folder = Path(output_dir) / "permutations"
+    """Writes rows to `_permutations/step-N.jsonl` in the output folder, and as a table to wandb or trackio."""
+    folder = Path(output_dir) / PERMUTATIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"step-{rows[0]['step']}.jsonl").write_text(lines, encoding="utf-8")
+    write_whole(folder / f"step-{rows[0]['step']}.jsonl", lines)
     for backend in {"wandb", "trackio"} & set(report_to):
         module = importlib.import_module(backend)
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})

@@ -3,13 +3,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
+
+from .data.storage import write_whole
 
 
 SETTINGS_FILE = "settings.json"
@@ -64,14 +65,14 @@ def complete_rows(
                 progress.update(len(rows))
     results = [done[row] for row in range(num_rows)]
     if not path.is_file():
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
     partial_path.unlink(missing_ok=True)
     return results
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or not there."""
-    _write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def weights_stamp(*names: str | None) -> str | None:
@@ -118,9 +119,3 @@ def _whole_lines(path: Path) -> list[Row]:
         with open(path, "rb+") as file:
             file.truncate(len(whole))
     return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)

@@ -29,6 +29,7 @@ from .checkpoint import (
     staging_folder,
 )
 from .dro_config import DROConfig
+from .log_history import LogHistory
 from .logs import RunningMeans
 from .model_card import build_model_card
 from .rag_config import RAGConfig
@@ -81,6 +82,7 @@ class RoleTrainer(_BaseTrainer):
         self._means = RunningMeans(self.accelerator)
         self._stop = StopOnSignal(self.accelerator)
         self.add_callback(self._stop)
+        self.add_callback(LogHistory())
 
     # Optimization
 

@@ -188,18 +188,16 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
         print_plan(make_plan(models, training_args, lengths, None, 0, num_processes))
         return
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
-    datasets = {"train_dataset": train_dataset}
-    if eval_dataset is not None:
-        datasets["eval_dataset"] = eval_dataset
     selector_model = args.selector_model_name_or_path
     try:
         load_tokenizers(model, selector_model, None, training_args)
     except (OSError, ValueError) as error:
         print(f"The tokenizer cannot be loaded, so tokens are not counted ({str(error).splitlines()[0]}).")
-        for name, dataset in datasets.items():
-            validate_dataset(dataset, training_args.num_selected, name)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                validate_dataset(dataset, training_args.num_selected, name)
     else:
-        _, codec, prompts = check_inputs(model, selector_model, None, training_args, datasets)
+        _, codec, prompts = check_inputs(model, selector_model, None, training_args, train_dataset, eval_dataset)
         lengths = Lengths.of_data(train_dataset, training_args, prompts, codec)
     num_eval = 0 if eval_dataset is None else len(eval_dataset)
     print_plan(make_plan(models, training_args, lengths, len(train_dataset), num_eval, num_processes))
