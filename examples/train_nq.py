@@ -3,10 +3,12 @@
 Trains a document selector and an answer generator together with DRO, and compares the system before and after: the
 script of `trl-dro train`, to be copied and changed.
 
-Natural Questions with Llama 3 8B, both roles as QLoRA adapters on one 4-bit base. Candidates are the top 20 of BM25.
+Natural Questions with Llama 3 8B, both roles as QLoRA adapters on one 4-bit base. The dataset has its candidates
+already (columns `question`, `answers`, `documents`), on disk or on the Hub:
 
 ```bash
-accelerate launch examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml
+accelerate launch examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml --dataset_name nq-top20 \
+    --dataset_test_split dev
 ```
 
 Questions and a corpus of one's own, from which BM25 retrieves in memory:
@@ -23,16 +25,10 @@ accelerate launch examples/train_nq.py --model_name_or_path meta-llama/Meta-Llam
     --dataset_name nq-top20 --selector_adapter sft/selector --generator_adapter sft/generator
 ```
 
-A dataset that has its candidates already (columns `question`, `answers`, `documents`), on disk or on the Hub:
-
-```bash
-accelerate launch examples/train_nq.py … --dataset_name my-org/nq-top20 --dataset_test_split validation
-```
-
 What it will do and need, without loading weights:
 
 ```bash
-python examples/train_nq.py … --dry_run
+python examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml --dataset_name nq-top20 --dry_run
 ```
 """
 

@@ -66,12 +66,19 @@ def test_no_module_is_imported_by_one_that_it_imports():
 
 
 def test_private_names_of_trl_are_imported_in_one_place():
-    trl = [name for name in MODULES if "trl" in imports(name)]
-    assert set(trl) == {"trl_dro._trl_compat", "trl_dro.cli"}  # cli: the parser, which trl exports
+    def modules_of_trl(path):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        return {module for module in found if module.partition(".")[0] == "trl"}
+
+    found = {name: modules for name, path in MODULES.items() if (modules := modules_of_trl(path))}
+    # Beside it only the commands know trl, by what it exports: its parser, its arguments, SFTTrainer.
+    assert all(module != "trl" for module in found.pop("trl_dro._trl_compat"))
+    assert found == {f"trl_dro.{name}": {"trl"} for name in ("arguments", "training", "warmup")}
 
 
-def test_nothing_but_the_package_itself_imports_the_trainer():
-    assert [name for name in MODULES if "trl_dro.dro_trainer" in imports(name)] == ["trl_dro"]
+def test_nothing_but_the_command_and_the_package_imports_the_trainer():
+    assert [name for name in MODULES if "trl_dro.dro_trainer" in imports(name)] == ["trl_dro", "trl_dro.training"]
 
 
 @pytest.mark.parametrize("folder", ["data", "metrics"])

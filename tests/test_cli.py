@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_from_disk
 
-from trl_dro import evaluation, training
+from trl_dro import evaluation, report, training
 from trl_dro.cli import COMMANDS, main, make_parser
 from trl_dro.data import load_records, validate_dataset
 from trl_dro.retrieval import BM25Retriever
@@ -191,11 +191,11 @@ def test_wrong_flags_suggest_the_right_ones(arguments, meant, monkeypatch, capsy
 
 
 def test_failure_and_wrong_usage_have_exit_codes_of_their_own():
-    command = [sys.executable, "-m", "trl_dro.cli", "predict", "--model", "absent", "--questions", "absent.jsonl"]
+    command = [sys.executable, "-m", "trl_dro.cli", "retrieve", "absent.jsonl", "--corpus", "c", "--output_dir", "out"]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("trl-dro predict: absent.jsonl")
-    assert subprocess.run([*command, "--tokens_per_batch", "0"], capture_output=True).returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith("trl-dro retrieve: absent.jsonl")
+    assert subprocess.run([*command, "--k", "0"], capture_output=True).returncode == 2
 
 
 def test_training_is_launched_in_as_many_processes_as_are_asked_for(monkeypatch):
@@ -220,9 +220,12 @@ def test_one_process_trains_without_a_launcher(monkeypatch):
 
 def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
     flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
-    monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", str(files / "questions.jsonl"), *map(str, flags)])
-    main()
+    call(monkeypatch, "retrieve", files / "questions.jsonl", *flags)
     assert len(load_from_disk(files / "out" / "train")) == 6
+    reported = []
+    monkeypatch.setattr(report, "report", reported.append)
+    call(monkeypatch, "report", "my-run", "--evaluation", "results")
+    assert reported == [report.ReportArguments("my-run", evaluation=["results"])]
 
 
 def test_the_command_line_does_not_import_torch():

@@ -31,7 +31,7 @@ def rows(args, num_questions=20, num_processes=1):
 
 def test_counted_lengths_are_those_that_the_trainer_goes_by(tmp_path):
     args, questions = config(tmp_path, max_answer_length=8), make_questions()
-    _, codec, prompts = check_inputs(MODEL, None, TOKENIZER, args, {"train_dataset": questions})
+    _, codec, prompts = check_inputs(MODEL, None, TOKENIZER, args, questions, None)
     lengths = Lengths.of_data(questions, args, prompts, codec)
     rag = RAGModel(None, {}, prompts, codec, torch.device("cpu"))
     answer = len(TOKENIZER("Anna Brown").input_ids) + 1

@@ -26,7 +26,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 def dry_run(monkeypatch, capsys, recipe, *arguments):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["trl-dro", "train", "--config", str(recipe), "--dry-run", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "train", "--config", str(recipe), "--dry_run", *map(str, arguments)])
     monkeypatch.setattr(training, "DROTrainer", None)  # no weights are loaded
     main()
     return capsys.readouterr().out

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_dro import DROConfig, DROTrainer, training
+from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 from trl_dro.training import TrainArguments, train
 
 from .tiny_models import bpe_tokenizer, tiny_llama
@@ -43,6 +44,9 @@ def test_questions_and_a_corpus_train_and_evaluate(files, capsys):
     assert "Recall@5, %" in output and "'ess'" in output
     for role in ("selector", "generator"):
         assert (files / "run" / role / "adapter_model.safetensors").is_file()
+    # The tiny model stands in, with the prompts that it was trained with.
+    kept = json.loads((files / "run" / "rag_config.json").read_text())
+    assert (kept["selector_template"], kept["generator_template"]) == (SELECTOR_TEMPLATE, GENERATOR_TEMPLATE)
 
 
 def test_real_questions_train(shared_data, tmp_path, capsys):
@@ -68,6 +72,13 @@ def test_the_same_command_starts_and_resumes(files, capsys):
     state = json.loads((files / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (files / "run" / "checkpoint-1").is_dir()
+
+
+def test_prompts_of_ones_own_are_kept_without_a_model_too():
+    data_args, args, model_args = parse("--dry_run", "--selector_template", "{documents} Pick for {question}:")
+    train(data_args, args, model_args)
+    assert args.selector_template == "{documents} Pick for {question}:"
+    assert args.generator_template == GENERATOR_TEMPLATE
 
 
 def test_half_given_data_is_refused():

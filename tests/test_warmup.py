@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from trl_dro import warmup
@@ -151,6 +152,14 @@ def test_dry_run_counts_what_it_would_train_on_and_trains_nothing(records, tmp_p
     assert not (tmp_path / "sft" / "selector").exists()
 
 
-def test_warm_up_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="pass --model_name_or_path"):
-        warm_up(WarmUpArguments(dataset_name="data"), SFTConfig(str(tmp_path), bf16=False), ModelConfig())
+def test_without_a_model_the_tiny_one_learns_in_its_own_prompts(records, tmp_path, monkeypatch):
+    Dataset.from_list(records).save_to_disk(tmp_path / "data")
+    shown = {}
+    monkeypatch.setattr(warmup, "print_examples", shown.update)
+    args = WarmUpArguments(dataset_name=str(tmp_path / "data"), num_selected=3, max_candidates=8, dry_run=True)
+    args.generator_template = "{documents} {question} ?!"
+    warm_up(args, SFTConfig(str(tmp_path / "sft"), bf16=False, report_to="none"), ModelConfig())
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    expected = PromptBuilder(tokenizer, args.generator_template, 3)
+    assert prompt(shown["generator"][0]) == expected(records[0]["question"], records[0]["documents"][:3])
+    assert args.selector_template == SELECTOR_TEMPLATE

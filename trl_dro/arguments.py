@@ -50,8 +50,9 @@ class LaunchArguments:
 
 class Parser(TrlParser):
     """
-    Parses flags and `--config FILE.yaml` into dataclasses. A mistake ends the program with exit code 2 and one line,
-    which names the setting that was probably meant.
+    Parses flags and `--config FILE.yaml` into dataclasses. The first setting, where it must be given, may come first
+    without its name. A mistake ends the program with exit code 2 and one line, which names the setting that was
+    probably meant.
 
     Args:
         dataclass_types (`Iterable[type]`):
@@ -63,6 +64,9 @@ class Parser(TrlParser):
     def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any):
         # An abbreviation would mean another setting as soon as one is added.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.first = next((each.dest for each in self._actions[1:2] if each.required), None)  # behind --help
+        first = "" if self.first is None else f"{self.first.upper()} "
+        self.usage = f"{self.prog} {first}[--config FILE.yaml] [--SETTING VALUE …]"
         for action in self._actions:
             if action.type is not None and action.choices is None:
                 action.metavar = _type_name(action).upper()
@@ -70,6 +74,8 @@ class Parser(TrlParser):
     def parse_args_and_config(self, args=None, *positional, **kwargs):
         """The dataclasses, see [`~trl.TrlParser.parse_args_and_config`]."""
         if args is not None:
+            if self.first is not None and args and not args[0].startswith("-"):
+                args = [f"--{self.first}", *args]
             args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
             if args[-1:] == ["--config"]:
                 self.error("--config needs a file: --config FILE.yaml")

@@ -4,7 +4,7 @@
 import difflib
 import inspect
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         sys.exit(2)
     module, _, function = COMMANDS[name]
     try:
-        parser = make_parser(name)
-        first = fields(next(iter(parser.dataclass_types)))[0]
-        if first.default is MISSING and arguments and not arguments[0].startswith("-"):
-            arguments.insert(0, f"--{first.name}")  # what must be given may come first without its name
-        parsed = parser.parse_args_and_config(arguments)
+        parsed = make_parser(name).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments])
         else:
@@ -221,8 +217,7 @@ def make_parser(name: str) -> Parser:
     module, dataclass_names, function = COMMANDS[name]
     types = [getattr(import_module(module), each) for each in dataclass_names.split()]
     description = (inspect.getdoc(getattr(import_module(module), function)) or "").partition("\n\n")[0]
-    usage = f"trl-dro {name} [--config FILE.yaml] [--SETTING VALUE …]"
-    return Parser(types, prog=f"trl-dro {name}", usage=usage, description=description)
+    return Parser(types, prog=f"trl-dro {name}", description=description)
 
 
 def launches(args: Any) -> bool:

@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import tiny
 from ._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .permutation import PermutationCodec
-from .prompts import PromptBuilder, check_lengths
+from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
 from .rag_config import RAGConfig
 from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .shared_prefix import check_attention, check_layers
@@ -61,6 +62,25 @@ def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tiny_model_for(args: Any) -> str:
+    """
+    The tiny model, where none is named: sets the prompts that it was trained with in place of the defaults.
+
+    Args:
+        args ([`DROConfig`] or [`~warmup.WarmUpArguments`]):
+            Settings, changed in place: `selector_template` and `generator_template`, if they are the defaults.
+
+    Returns:
+        `str`: folder of the model.
+    """
+    print("No --model_name_or_path: the tiny model of the demo stands in, to try out the data and the settings.")
+    if args.selector_template == SELECTOR_TEMPLATE:
+        args.selector_template = tiny.SELECTOR_TEMPLATE
+    if args.generator_template == GENERATOR_TEMPLATE:
+        args.generator_template = tiny.GENERATOR_TEMPLATE
+    return str(tiny.TINY_MODEL)
 
 
 def load_model(

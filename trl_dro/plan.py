@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""`--dry-run`: what a run will do and need, before any weights are loaded."""
+"""`--dry_run`: what a run will do and need, before any weights are loaded."""
 
 import math
 from collections.abc import Sequence

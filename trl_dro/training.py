@@ -15,12 +15,11 @@ from .cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from .data import load_records, read_corpus, read_questions, validate_dataset
 from .dro_config import DROConfig
 from .dro_trainer import DROTrainer
-from .loading import check_inputs, load_model, load_tokenizers, refuse_unsupported
+from .loading import check_inputs, load_model, load_tokenizers, refuse_unsupported, tiny_model_for
 from .logs import print_comparison
 from .plan import Lengths, Models, make_plan, print_plan, read_config
 from .retrieval import BM25Retriever, retrieve_candidates
 from .roles import load_role_adapters
-from .tiny import TINY_MODEL
 
 
 @dataclass
@@ -136,10 +135,7 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
         `ValueError`: settings cannot work together.
     """
     set_seed(training_args.seed)
-    model = model_args.model_name_or_path
-    if model is None:
-        print("No --model_name_or_path: the tiny model of the demo stands in, to try out the data and the settings.")
-        model = str(TINY_MODEL)
+    model = model_args.model_name_or_path or tiny_model_for(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

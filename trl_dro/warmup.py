@@ -20,6 +20,7 @@ from .arguments import LaunchArguments
 from .data.files import load_records
 from .data.lines import read_jsonl
 from .data.schema import DatasetError, Document, Record, validate_dataset
+from .loading import tiny_model_for
 from .permutation import PermutationCodec, parse_permutation
 from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
 from .roles import ROLES
@@ -80,6 +81,7 @@ class WarmUpArguments(LaunchArguments):
 def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig) -> None:
     """
     Trains an adapter for each role by SFT, from which DRO starts: `output_dir` gets `selector/` and `generator/`.
+    Without a base model the tiny one that ships with the package stands in.
 
     Args:
         args ([`WarmUpArguments`]):
@@ -91,12 +93,10 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
 
     Raises:
         `DatasetError`: the data or the teacher's rankings cannot be used.
-        `ValueError`: no base model is named.
     """
-    if model_args.model_name_or_path is None:
-        raise ValueError("there is nothing to warm up: pass --model_name_or_path")
     model_args.use_peft = True
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    model = model_args.model_name_or_path or tiny_model_for(args)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = make_examples(args, tokenizer, sft_args.seed)
@@ -115,7 +115,7 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
     for role in ROLES:
         sft_args.output_dir = str(folder / role)
         trainer = SFTTrainer(
-            model_args.model_name_or_path,
+            model,
             sft_args,
             train_dataset=examples[role],
             processing_class=tokenizer,
