@@ -3,7 +3,9 @@
 
 import difflib
 import inspect
+import logging
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -200,6 +202,10 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
     module, _, function = COMMANDS[name]
+    # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         parsed = make_parser(name).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):

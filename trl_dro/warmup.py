@@ -123,6 +123,8 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         )
         trainer.train()
         trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"Adapters to start DRO from are in {folder}/selector and {folder}/generator.")
 
 
 def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Dataset]:
