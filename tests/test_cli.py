@@ -1,13 +1,16 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 
-from trl_dro import evaluation
-from trl_dro.cli import main
+from trl_dro import evaluation, report, training
+from trl_dro.cli import COMMANDS, main, make_parser
 from trl_dro.data import load_records, validate_dataset
 from trl_dro.retrieval import BM25Retriever
 
@@ -44,8 +47,9 @@ def refused(run, capsys, *arguments, **settings):
     """The one line with which the command ends."""
     with pytest.raises(SystemExit) as info:
         run(*arguments, **settings)
-    assert "\n" not in str(info.value.code)
-    return str(info.value.code)
+    message = capsys.readouterr().err if info.value.code == 2 else str(info.value.code)
+    assert "\n" not in message.rstrip("\n")
+    return message
 
 
 def test_files_give_a_dataset_for_training_and_a_table_of_recall(run, capsys):
@@ -131,22 +135,97 @@ def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
     assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
 
 
-def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trl-dro", "retreive"])
-    with pytest.raises(SystemExit, match="no command 'retreive'\nusage: trl-dro {retrieve,evaluate,serve}"):
-        main()
-    monkeypatch.setattr(sys, "argv", ["trl-dro"])
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trl-dro", *map(str, arguments)])
     main()
-    assert "usage: trl-dro {retrieve,evaluate,serve}" in capsys.readouterr().out
 
 
-def test_every_setting_is_in_the_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", "--help"])
-    with pytest.raises(SystemExit):
-        main()
-    shown = capsys.readouterr().out
-    for flag in ("--questions", "--corpus", "--retriever", "--k", "--output_dir", "--source", "--push_to_hub"):
-        assert flag in shown
+def wrong_usage(monkeypatch, capsys, *arguments):
+    """What is printed when the command line is wrong, which is one line and exit code 2."""
+    with pytest.raises(SystemExit) as info:
+        call(monkeypatch, *arguments)
+    assert info.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
+    message = wrong_usage(monkeypatch, capsys, "retreive")
+    assert message.startswith("trl-dro: there is no command 'retreive'; did you mean retrieve?\nusage: trl-dro {")
+    call(monkeypatch)
+    assert "usage: trl-dro {retrieve,warmup,train,evaluate,predict,serve,report,env}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
+    if importlib.util.find_spec(COMMANDS[name][0]) is None:
+        pytest.skip(f"{COMMANDS[name][0]} is not there yet")
+    for dataclass_type in make_parser(name).dataclass_types:
+        for setting in fields(dataclass_type):
+            assert not setting.init or len(setting.metadata["help"].strip()) > 5, setting.name
+    with pytest.raises(SystemExit) as info:
+        call(monkeypatch, name, "--help")
+    assert info.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for dataclass_type in make_parser(name).dataclass_types:
+        for setting in fields(dataclass_type):
+            if setting.init:
+                assert f"--{setting.name} " in shown
+                assert " ".join(setting.metadata["help"].replace("%%", "%").split()[:4]) in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["retrieve", "--retreiver", "bm25"], "--retriever"),
+        (["train", "--num_permutation", "4"], "--num_permutations"),
+        (["train", "--learning-rat", "4"], "--learning_rate"),
+        (["warmup", "--teecher", "relevant"], "--teacher"),
+        (["evaluate", "--datset_name", "x"], "--dataset_name"),
+        (["predict", "--question", "x"], "--questions"),
+        (["serve", "--prot", "80"], "--port"),
+    ],
+)
+def test_wrong_flags_suggest_the_right_ones(arguments, meant, monkeypatch, capsys):
+    message = wrong_usage(monkeypatch, capsys, *arguments)
+    assert f"there is no setting {arguments[1]}; did you mean {meant}?" in message and message.count("\n") == 1
+
+
+def test_failure_and_wrong_usage_have_exit_codes_of_their_own():
+    command = [sys.executable, "-m", "trl_dro.cli", "retrieve", "absent.jsonl", "--corpus", "c", "--output_dir", "out"]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("trl-dro retrieve: absent.jsonl")
+    assert subprocess.run([*command, "--k", "0"], capture_output=True).returncode == 2
+
+
+def test_training_is_launched_in_as_many_processes_as_are_asked_for(monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    flags = ["train", "--dataset_name", "data", "--output_dir", "out", "--use_cpu", "--num_processes", "2"]
+    call(monkeypatch, *flags)
+    config = Path(__file__).resolve().parents[1] / "recipes" / "accelerate" / "two_cpu_processes.yaml"
+    call(monkeypatch, *flags[:6], "--accelerate_config", config)
+    first, second = launched
+    assert (first.num_processes, first.multi_gpu, first.module) == (2, True, True)
+    assert (first.training_script, first.training_script_args) == ("trl_dro.cli", flags)
+    assert second.config_file == str(config) and second.num_processes is None
+
+
+def test_one_process_trains_without_a_launcher(monkeypatch):
+    trained = []
+    monkeypatch.setattr(training, "train", lambda *args: trained.append(args))
+    call(monkeypatch, "train", "--dataset_name", "data", "--use_cpu", "--num_permutations", 3)
+    assert trained[0][0].dataset_name == "data" and trained[0][1].num_permutations == 3
+
+
+def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+    flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
+    call(monkeypatch, "retrieve", files / "questions.jsonl", *flags)
+    assert len(load_from_disk(files / "out" / "train")) == 6
+    reported = []
+    monkeypatch.setattr(report, "report", reported.append)
+    call(monkeypatch, "report", "my-run", "--evaluation", "results")
+    assert reported == [report.ReportArguments("my-run", evaluation=["results"])]
 
 
 def test_the_command_line_does_not_import_torch():
@@ -155,7 +234,7 @@ def test_the_command_line_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys, tmp_path):
+def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys):
     evaluated = []
     monkeypatch.setattr(evaluation, "evaluate", evaluated.append)
     flags = ["--model", "run", "--dataset_name", "data", "--ranking_measures", "nDCG@5", "RR@5"]
@@ -163,9 +242,8 @@ def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(mo
     main()
     [args] = evaluated
     assert (args.model, args.dataset_name, args.ranking_measures) == ("run", "data", ["nDCG@5", "RR@5"])
-    monkeypatch.setattr(sys, "argv", ["trl-dro", "evaluate", "--generator", "run", "--dataset_name", "data"])
-    with pytest.raises(SystemExit, match="trl-dro evaluate: --generator alone selects nothing: pass --selector"):
-        main()
+    message = wrong_usage(monkeypatch, capsys, "evaluate", "--generator", "run", "--dataset_name", "data")
+    assert "trl-dro evaluate: --generator alone selects nothing: pass --selector" in message
 
 
 def test_serve_names_the_extra_that_it_needs(monkeypatch):

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
 import json
-import random
 import warnings
 from pathlib import Path
 
@@ -541,10 +540,11 @@ def test_roles_without_adapters_are_two_full_models(make_trainer):
 
 @pytest.mark.parametrize("target", ["random", "all"])
 def test_answer_targets_use_the_aliases(make_trainer, target):
-    trainer = make_trainer(answer_target=target)
+    trainer = make_trainer(make_dataset(20), answer_target=target, steps_per_estimation=-1)
     assert torch.isfinite(run_step(trainer))
-    targets = {answer for i in range(20) for answer in trainer._targets(["a", "b"], random.Random(i))}
-    assert targets == {"a", "b"}
+    targets = [answers for [estimate] in trainer._estimates for answers in estimate.targets]
+    assert any(answers[-1].startswith("Anna Brown") for answers in targets)
+    assert {len(answers) for answers in targets} == {1 if target == "random" else 2}
 
 
 def test_all_aliases_add_their_likelihoods(make_trainer):
@@ -603,7 +603,7 @@ def test_permutations_are_shown_and_kept(make_trainer, capsys):
     trainer = make_trainer(log_permutations=True, max_steps=1)
     trainer.train()
     assert "weight" in capsys.readouterr().out
-    text = Path(trainer.args.output_dir, "permutations", "step-1.jsonl").read_text()
+    text = Path(trainer.args.output_dir, "_permutations", "step-1.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 2 * 4
     assert sum(row["weight"] for row in rows[:4]) == pytest.approx(1)

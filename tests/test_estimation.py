@@ -4,7 +4,14 @@ import math
 import pytest
 import torch
 
-from trl_dro.estimation import Estimate, significant_permutations
+from trl_dro.estimation import (
+    Estimate,
+    draw,
+    load_estimates,
+    reordered,
+    save_estimates,
+    significant_permutations,
+)
 from trl_dro.importance import importance_weights, selector_coefficients
 from trl_dro.permutation import PermutationSamples
 from trl_dro.roles import ROLES
@@ -15,6 +22,48 @@ from .test_faults import make_trainer
 
 
 NAN, INF = float("nan"), float("inf")
+
+
+def draw_all(keys, shuffle_candidates=True, answer_target="random"):
+    return draw(make_dataset(len(keys)).to_list(), keys, shuffle_candidates, answer_target)
+
+
+def test_draws_depend_on_the_key_alone():
+    keys = [f"row {i}" for i in range(8)]
+    together = draw_all(keys)
+    assert [draw_all([key]).orders[0] for key in keys] == together.orders
+    assert [draw_all([key]).seeds[0] for key in keys] == together.seeds
+    assert len(set(together.seeds)) == 8 and len({tuple(order) for order in together.orders}) > 1
+
+
+def test_candidates_stay_in_their_order_unless_they_are_shuffled():
+    assert draw_all(["a", "b"], shuffle_candidates=False).orders == [[0, 1, 2, 3]] * 2
+    assert all(sorted(order) == [0, 1, 2, 3] for order in draw_all(["a", "b"]).orders)
+
+
+def test_targets_are_the_first_answer_one_by_chance_or_all():
+    keys = [f"row {i}" for i in range(20)]
+    answers = [record["answers"] for record in make_dataset(20)]
+    assert draw_all(keys, answer_target="first").targets == [[first] for first, _ in answers]
+    assert draw_all(keys, answer_target="all").targets == answers
+    drawn = [given.index(target) for given, [target] in zip(answers, draw_all(keys).targets, strict=True)]
+    assert set(drawn) == {0, 1}
+
+
+def test_reordering_moves_the_documents_alone():
+    [record] = make_dataset(1).to_list()
+    [moved] = reordered([record], [[2, 0, 3, 1]])
+    assert moved["documents"] == [record["documents"][i] for i in (2, 0, 3, 1)]
+    assert {**moved, "documents": record["documents"]} == record
+
+
+def test_estimates_of_a_block_come_back_as_they_were_written(tmp_path):
+    estimates = [[make_estimate(ROWS)], [make_estimate(ROWS[:1]), make_estimate(ROWS[1:])]]
+    save_estimates(3, estimates, tmp_path / "estimates.pt")
+    block_index, loaded = load_estimates(tmp_path / "estimates.pt", torch.device("cpu", 0))
+    assert block_index == 3 and [len(parts) for parts in loaded] == [1, 2]
+    assert loaded[1][1].batch == estimates[1][1].batch
+    assert torch.equal(loaded[0][0].answer_logps, estimates[0][0].answer_logps)
 
 
 def make_estimate(answer_logps, correction=None, counted=None):

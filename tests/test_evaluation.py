@@ -136,7 +136,7 @@ def test_a_finished_evaluation_loads_no_model(trained, tmp_path):
 def test_another_evaluation_does_not_mix_with_the_one_in_the_folder(trained, tmp_path, change):
     folder, dataset, _ = trained
     run(load(folder), dataset.select(range(2)), tmp_path)
-    with pytest.raises(ValueError, match=f"holds an evaluation with {change}.*name another output_dir"):
+    with pytest.raises(ValueError, match=f"holds results with {change}.*name another output_dir"):
         if change == "selection":
             run(load(folder), dataset.select(range(2)), tmp_path, selection="oracle")
         else:
@@ -203,7 +203,7 @@ def test_results_of_weights_that_were_trained_on_are_not_taken_for_those_of_the_
     evaluate(arguments(tmp_path / "run", dataset, tmp_path))
     evaluate(arguments(tmp_path / "run", dataset, tmp_path))
     (tmp_path / "run" / "selector" / "adapter_model.safetensors").touch()
-    with pytest.raises(ValueError, match="holds an evaluation with weights="):
+    with pytest.raises(ValueError, match="holds results with weights="):
         evaluate(arguments(tmp_path / "run", dataset, tmp_path))
 
 

@@ -1,12 +1,21 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from trl_dro import DROConfig
-from trl_dro.loading import build_prompts, context_length, load_model, load_tokenizers, refuse_unsupported
+from trl_dro.loading import (
+    build_prompts,
+    context_length,
+    load_model,
+    load_roles,
+    load_tokenizers,
+    refuse_unsupported,
+)
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptTooLongError
+from trl_dro.roles import ROLES
 
 from .tiny_models import bpe_tokenizer, tiny_llama, word_level_tokenizer
 
@@ -170,3 +179,19 @@ def test_flash_attention_is_refused_before_any_model_is_loaded(tmp_path):
     args = DROConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"attn_implementation": "flash_attention_2"})
     with pytest.raises(ValueError, match="takes no mask of its own, by which permutations share their prompt"):
         refuse_unsupported(args)
+
+
+def test_new_adapters_are_drawn_from_the_seed_and_only_those_trained_need_gradients(tmp_path):
+    def load(seed):
+        args = DROConfig(str(tmp_path), use_cpu=True, bf16=False, seed=seed, train_generator=False)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+        return load_roles(tiny_llama(word_level_tokenizer()), None, args, lora, None)
+
+    first, again, other = (
+        [p for n, p in load(seed).named_parameters("selector") if "lora_A" in n] for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(first, other, strict=True))
+    roles = load(1)
+    needs_gradient = {role: {p.requires_grad for _, p in roles.named_parameters(role)} for role in ROLES}
+    assert needs_gradient == {"selector": {True}, "generator": {False}}

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from trl_dro.logs import RunningMeans, comparison_table, permutation_rows, permutation_table, save_permutations
 from trl_dro.permutation import PermutationSamples
+from trl_dro.shared_prefix import TokenCount
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_totals_do_not_change_with_the_tensor_that_was_added(means):
     means.add("tokens", tokens)
     tokens.zero_()
     assert means.pop() == {"tokens": 7.0}
+
+
+def test_tokens_of_processes_add_up_and_their_seconds_do_not():
+    two = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=2, reduce=lambda sums, reduction: {"sum": 2 * sums}[reduction]
+    )
+    means = RunningMeans(two)
+    means.add_speed({"e_step": 1.0, "m_step": 3.0}, TokenCount(tokens=80, padded=100))
+    assert means.pop() == {
+        "e_step_seconds": 1.0,
+        "m_step_seconds": 3.0,
+        "tokens_per_second": 2 * 80 / 4.0,
+        "padding_share": 0.2,
+    }
 
 
 def test_means_are_over_all_processes():
@@ -101,7 +116,7 @@ def test_table_has_the_heaviest_permutation_first_and_shows_brackets():
 def test_permutations_are_kept_as_json_lines(tmp_path):
     rows = make_rows()
     save_permutations(rows, tmp_path, report_to=[])
-    lines = (tmp_path / "permutations" / "step-9.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "_permutations" / "step-9.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rows
 
 

@@ -10,18 +10,40 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from trl_dro import DROConfig
 from trl_dro.checkpoint import find_damage
 from trl_dro.roles import ROLES
 
 from .test_dro_trainer import make_dataset
-from .test_faults import history, make_trainer, weights_of
+from .test_faults import LOGS, history, make_trainer, weights_of
 
 
 def checkpoints_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted({path.name for path in folder.iterdir()} - LOGS)
 
 
 SAVE = {"save_strategy": "steps", "save_steps": 1}
+
+
+# Forward and backward
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_leaves_the_mode_as_it_was_even_after_an_error(tmp_path, training):
+    trainer = make_trainer(tmp_path)
+    trainer.model.train(training)
+    with trainer._inference():
+        assert not trainer.model.training and not torch.is_grad_enabled()
+    with pytest.raises(KeyError), trainer._inference(gradients=True):
+        assert not trainer.model.training and torch.is_grad_enabled()
+        raise KeyError
+    assert trainer.model.training == training
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DROConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="accelerate launch"):
+        make_trainer(tmp_path)
 
 
 # Optimization

@@ -3,7 +3,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 
-from trl_dro.schedule import EstimationDataLoader, EstimationSampler
+from trl_dro.schedule import EstimationDataLoader, EstimationSampler, QuestionBatch
 
 
 def micro_batches(num_questions, batch_size, epoch=0, **kwargs):
@@ -117,3 +117,11 @@ def test_a_resumed_loader_goes_on_where_the_epoch_stopped():
 
 def test_loader_counts_questions_for_the_trainers_speed_metrics():
     assert len(EstimationDataLoader(EstimationSampler(11, 2)).dataset) == 11
+
+
+def test_parts_of_a_batch_have_its_questions_and_weigh_by_its_size():
+    batch = QuestionBatch([5, 6, 7], [True, True, False], 2.5)
+    assert batch.split([[2, 0], [1]]) == [
+        QuestionBatch([7, 5], [False, True], 2.5),
+        QuestionBatch([6], [True], 2.5),
+    ]

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from trl_dro.scoring import recall_cutoffs, score_prediction, score_question, select
+from trl_dro.importance import elbo, iwae_bound
+from trl_dro.scoring import recall_cutoffs, score_bounds, score_prediction, score_question, select
 
 
 def document(text):
@@ -93,3 +94,18 @@ def test_the_retriever_selects_its_first_candidates_and_the_oracle_the_relevant_
     assert select(Rag, questions, "retriever").tolist() == [[1, 2, 3]] * 3
     assert select(Rag, questions, "oracle").tolist() == [[5, 1, 2], [3, 6, 1], [1, 2, 3]]
     assert isinstance(select(Rag, questions, "oracle"), torch.Tensor)
+
+
+def test_bounds_are_those_of_the_corrected_likelihoods_and_the_loss_is_minus_the_tighter():
+    logps, correction = torch.tensor([[-1.0, -3.0], [-2.0, -2.0]]), torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    scores = score_bounds(logps, correction)
+    torch.testing.assert_close(scores["elbo"], elbo(logps, correction))
+    torch.testing.assert_close(scores["iwae_bound"], iwae_bound(logps, correction))
+    torch.testing.assert_close(scores["loss"], -scores["iwae_bound"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_question_with_a_likelihood_that_is_not_finite_has_no_bounds(bad):
+    scores = score_bounds(torch.tensor([[-1.0, bad], [-1.0, -1.0]]), torch.zeros(2, 2))
+    for name, value in (("elbo", -1.0), ("iwae_bound", -1.0), ("loss", 1.0)):
+        assert scores[name].isnan().tolist() == [True, False] and scores[name][1] == value

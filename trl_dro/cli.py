@@ -1,15 +1,19 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `trl-dro {retrieve,evaluate,serve} --help`."""
+"""The command line: `trl-dro COMMAND --help`."""
 
+import difflib
+import inspect
+import logging
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import TrlParser
 
+from .arguments import LaunchArguments, Parser, one_line
 from .data.benchmarks import BENCHMARKS, benchmark_summary, load_benchmark
 from .data.corpus import Corpus, open_corpus
 from .data.files import load_records, read_questions
@@ -33,7 +37,7 @@ RETRIEVERS = ("bm25", "dense", "colbert", "precomputed")
 @dataclass
 class RetrieveArguments:
     """
-    Gives every question its candidates, once, for training and evaluation.
+    Questions, corpus and retriever.
     """
 
     questions: str = field(
@@ -103,7 +107,7 @@ class RetrieveArguments:
 
 
 def retrieve(args: RetrieveArguments) -> Dataset:
-    """Runs `trl-dro retrieve` and prints Recall@k."""
+    """Gives every question its candidates, once, for training and evaluation, and prints Recall@k."""
     questions = load_questions(args)
     retrievers = [make_retriever(name, args, questions) for name in args.retriever]
     retriever = retrievers[0] if len(retrievers) == 1 else HybridRetriever(retrievers)
@@ -156,35 +160,94 @@ def make_retriever(name: str, args: RetrieveArguments, questions: Dataset) -> Re
             return PrecomputedRetriever(questions)
 
 
-# Module, dataclass of arguments and function of each command. Models take seconds to import: only where they are used.
+# Module, dataclasses of arguments and function of each command. Models take seconds to import: only where used.
 COMMANDS = {
     "retrieve": (__name__, "RetrieveArguments", "retrieve"),
+    "warmup": ("trl_dro.warmup", "WarmUpArguments SFTConfig ModelConfig", "warm_up"),
+    "train": ("trl_dro.training", "TrainArguments DROConfig ModelConfig", "train"),
     "evaluate": ("trl_dro.evaluation", "EvaluationArguments", "evaluate"),
+    "predict": ("trl_dro.predict", "PredictArguments", "predict"),
     "serve": ("trl_dro.serve", "ServeArguments", "serve"),
+    "report": ("trl_dro.report", "ReportArguments", "report"),
+    "env": ("trl_dro.environment", "EnvironmentArguments", "print_environment"),
 }
+USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
 
 
 def main() -> None:
-    """Entry point of `trl-dro`."""
-    usage = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
-    name, *arguments = sys.argv[1:] or ["--help"]
+    """Entry point of `trl-dro`. Commands that train are started in a process for each GPU where there are several."""
+    run(sys.argv[1:], may_launch=True)
+
+
+def run(arguments: list[str], may_launch: bool = False) -> None:
+    """
+    Runs a command.
+
+    Args:
+        arguments (`list[str]`):
+            Command and its flags.
+        may_launch (`bool`, *optional*, defaults to `False`):
+            Whether this process may start others, and is not one that was started so.
+
+    Raises:
+        `SystemExit`: with code 1 and one line if the command fails, with code 2 if it was called wrongly.
+    """
+    name, *arguments = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(usage)
+        print(USAGE)
         return
     if name not in COMMANDS:
-        sys.exit(f"trl-dro: there is no command {name!r}\n{usage}")
-    module, arguments_type, function = COMMANDS[name]
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    module, _, function = COMMANDS[name]
+    # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        dataclass_type: Any = getattr(import_module(module), arguments_type)
-        description = dataclass_type.__doc__.partition("Args:")[0]
-        parser = TrlParser((dataclass_type,), prog=f"trl-dro {name}", description=description)
-        (parsed,) = parser.parse_args_and_config(arguments)
-        getattr(import_module(module), function)(parsed)
-    except (ValueError, ImportError, OSError) as error:  # a DatasetError is a ValueError
-        sys.exit(f"trl-dro {name}: {error}")
+        parsed = make_parser(name).parse_args_and_config(arguments)
+        if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
+            launch(parsed[0], [name, *arguments])
+        else:
+            getattr(import_module(module), function)(*parsed)
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
+        sys.exit(f"trl-dro {name}: {one_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on where it stopped")
+        sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
+
+
+def make_parser(name: str) -> Parser:
+    """The parser of a command."""
+    module, dataclass_names, function = COMMANDS[name]
+    types = [getattr(import_module(module), each) for each in dataclass_names.split()]
+    description = (inspect.getdoc(getattr(import_module(module), function)) or "").partition("\n\n")[0]
+    return Parser(types, prog=f"trl-dro {name}", description=description)
+
+
+def launches(args: Any) -> bool:
+    """Whether a command is to run in processes of their own."""
+    import torch
+
+    if args.dry_run:
+        return False
+    return args.accelerate_config is not None or (args.num_processes or torch.cuda.device_count()) > 1
+
+
+def launch(args: LaunchArguments, arguments: list[str]) -> None:
+    """Starts a command in several processes, as `accelerate launch -m trl_dro.cli` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    flags = ["--quiet"]  # the process that failed has told why
+    if args.accelerate_config is not None:
+        flags += ["--config_file", args.accelerate_config]
+    if args.num_processes is not None:
+        flags += ["--num_processes", str(args.num_processes)]
+        if args.accelerate_config is None and args.num_processes > 1:
+            flags.append("--multi_gpu")
+    launch_command(launch_command_parser().parse_args([*flags, "-m", "trl_dro.cli", *arguments]))
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

@@ -6,9 +6,18 @@ from typing import Any, get_args
 import torch
 
 from ._trl_compat import _BaseConfig
+from .estimation import AnswerTarget
 from .importance import SelectorEstimator
 from .permutation import SelectorLikelihood
 from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
+
+
+_CHOICES = {
+    "answer_likelihood": ["sum", "mean"],
+    "answer_target": list(get_args(AnswerTarget)),
+    "selector_estimator": list(get_args(SelectorEstimator)),
+    "selector_likelihood": list(get_args(SelectorLikelihood)),
+}
 
 
 @dataclass
@@ -119,9 +128,9 @@ class DROConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_permutations (`bool`, *optional*, defaults to `False`):
-            At every log print a table of a question, its permutations, their weights and the answer, write those of
-            the last micro-batch to `permutations/` in the output folder, and send them to wandb or trackio if those
-            are reported to.
+            At every log print a table of a question, its permutations, their weights and the answer, keep those of
+            the whole last micro-batch in `_permutations/` of the output folder, where otherwise four questions are
+            kept, and send them to wandb or trackio if those are reported to.
         tiny_likelihood (`float`, *optional*, defaults to `1e-6`):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
@@ -197,13 +206,16 @@ class DROConfig(_BaseConfig):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling, per choice."})
     answer_likelihood: str = field(
         default="sum",
-        metadata={"help": "Log-likelihood of an answer: sum or mean over its tokens.", "choices": ["sum", "mean"]},
+        metadata={
+            "help": "Log-likelihood of an answer: sum or mean over its tokens.",
+            "choices": _CHOICES["answer_likelihood"],
+        },
     )
     answer_target: str = field(
         default="first",
         metadata={
             "help": "Which of the answers is the target: the first, a random one per E-step, or all of them summed.",
-            "choices": ["first", "random", "all"],
+            "choices": _CHOICES["answer_target"],
         },
     )
     weight_temperature: float = field(
@@ -219,14 +231,14 @@ class DROConfig(_BaseConfig):
     )
     selector_estimator: str = field(
         default="rws_centered",
-        metadata={"help": "Gradient estimator of the selector.", "choices": list(get_args(SelectorEstimator))},
+        metadata={"help": "Gradient estimator of the selector.", "choices": _CHOICES["selector_estimator"]},
     )
     selector_likelihood: str = field(
         default="constrained",
         metadata={
             "help": "What the selector's loss differentiates: the distribution over valid permutations, or the "
             "likelihood of the written tokens among all tokens.",
-            "choices": list(get_args(SelectorLikelihood)),
+            "choices": _CHOICES["selector_likelihood"],
         },
     )
     likelihood_floor: float = field(
@@ -255,7 +267,8 @@ class DROConfig(_BaseConfig):
 
     # Logging
     log_permutations: bool = field(
-        default=False, metadata={"help": "Show permutations, their weights and answers at every log, and keep them."}
+        default=False,
+        metadata={"help": "Show permutations, their weights and answers at every log, and keep more of them."},
     )
     tiny_likelihood: float = field(
         default=1e-6,
@@ -322,13 +335,7 @@ class DROConfig(_BaseConfig):
             raise ValueError(
                 f"steps_per_estimation={self.steps_per_estimation}: it must be at least 1, or -1 for a whole epoch"
             )
-        choices = {
-            "answer_likelihood": ("sum", "mean"),
-            "answer_target": ("first", "random", "all"),
-            "selector_estimator": get_args(SelectorEstimator),
-            "selector_likelihood": get_args(SelectorLikelihood),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
 

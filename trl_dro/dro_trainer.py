@@ -1,17 +1,14 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-import contextlib
 import math
-import random
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -23,27 +20,25 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
-from .estimation import Estimate, Weights, significant_permutations
-from .importance import elbo, iwae_bound
-from .loading import (
-    check_inputs,
-    disable_dropout,
-    generator_revision,
-    load_model,
-    refuse_unsupported,
+from .estimation import (
+    Estimate,
+    Weights,
+    draw,
+    load_estimates,
+    reordered,
+    save_estimates,
+    significant_permutations,
 )
-from .logs import permutation_rows, print_permutations, save_permutations
+from .loading import check_inputs, load_roles, refuse_unsupported
+from .logs import QUESTIONS_PER_LOG, permutation_rows, print_permutations, save_permutations
 from .permutation import PermutationSamples
 from .prompts import question_text
 from .rag_model import RAGModel, chunk_rows
 from .role_trainer import RoleTrainer
-from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
+from .roles import Role
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
-from .scoring import answer_and_score
+from .scoring import answer_and_score, score_bounds
 from .shared_prefix import ReadPrompts, TokenCount
-
-
-logger = get_logger(__name__)
 
 
 class DROTrainer(RoleTrainer):
@@ -66,7 +61,7 @@ class DROTrainer(RoleTrainer):
     trainer = DROTrainer(
         model="meta-llama/Meta-Llama-3-8B-Instruct",
         args=DROConfig(output_dir="llama3-dro"),
-        train_dataset=load_from_disk("nq-top20"),  # question, answers, documents
+        train_dataset=load_from_disk("nq-top20/train"),  # question, answers, documents
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
     )
     trainer.train()
@@ -142,12 +137,9 @@ class DROTrainer(RoleTrainer):
 
         refuse_unsupported(args)
         # Whatever can be wrong is found before weights are loaded.
-        datasets = {"train_dataset": train_dataset} if train_dataset is not None or eval_dataset is None else {}
-        if isinstance(eval_dataset, dict):
-            datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            datasets["eval_dataset"] = eval_dataset
-        tokenizers, codec, prompts = check_inputs(model, selector_model, processing_class, args, datasets)
+        tokenizers, codec, prompts = check_inputs(
+            model, selector_model, processing_class, args, train_dataset, eval_dataset
+        )
         if args.train_selector and args.num_permutations == 1:
             warnings.warn(
                 "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
@@ -155,28 +147,13 @@ class DROTrainer(RoleTrainer):
                 stacklevel=2,
             )
 
-        # Adapters are initialised at random.
-        set_seed(args.seed)
-        role_model = prepare_role_model(
-            load_model(model, args, quantization_config, generator_revision(args)),
-            None if selector_model is None else load_model(selector_model, args, quantization_config),
-            peft_config,
-        )
-        trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
-        roles = Roles(role_model, trained)
-        cast_adapters_for_quantized_base(roles)
-        if args.disable_dropout:
-            disable_dropout(role_model)
-        if args.gradient_checkpointing:
-            roles.enable_input_require_grads()
-
         self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
         self._estimated_block = -1
         self._shown_permutations: list[dict[str, Any]] = []
         self._collapse_warned = False
 
         super().__init__(
-            roles,
+            load_roles(model, selector_model, args, peft_config, quantization_config),
             tokenizers,
             args=args,
             data_collator=list,  # a batch of evaluation questions is a list of records
@@ -185,11 +162,6 @@ class DROTrainer(RoleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
-                "visible with CUDA_VISIBLE_DEVICES"
-            )
         self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
@@ -239,21 +211,8 @@ class DROTrainer(RoleTrainer):
         with self._memory_advice():
             return self._em_step(model, inputs)
 
-    @contextlib.contextmanager
-    def _memory_advice(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            args = self.args
-            raise torch.OutOfMemoryError(
-                f"{str(error).splitlines()[0]} A micro-batch of {args.per_device_train_batch_size} questions "
-                f"({args.per_device_eval_batch_size} in evaluation) has up to {args.max_candidates} candidates and "
-                f"{args.num_permutations} permutations of {args.num_selected} documents each. Lower "
-                "per_device_train_batch_size and raise gradient_accumulation_steps, lower max_document_length, "
-                "max_candidates or num_permutations, turn on gradient_checkpointing, or load the base in 4 bits."
-            ) from error
-
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """E-step, unless that of the block serves this micro-batch too, and M-step. Returns both losses, added up."""
         parts = self._split(inputs.block[inputs.position])
         self._shown_permutations = []
         loss = torch.zeros((), device=self.args.device)
@@ -268,27 +227,20 @@ class DROTrainer(RoleTrainer):
             loss += self._maximization_step(model, estimate, last=number == len(parts))
             seconds["e_step"] += middle - start
             seconds["m_step"] += time.perf_counter() - middle
-        for name, value in seconds.items():
-            self._means.add(f"{name}_seconds", value)
-        count = self.rag.count
-        # Processes work side by side: their tokens add up, their seconds do not.
-        self._means.add("tokens_per_second", count.tokens, sum(seconds.values()) / self.accelerator.num_processes)
-        self._means.add("padding_share", count.padded - count.tokens, count.padded)
+        self._means.add_speed(seconds, self.rag.count)
         self.rag.count = TokenCount()
         return loss
 
     def _split(self, batch: QuestionBatch) -> list[QuestionBatch]:
-        """Questions of similar length that go through a model together; losses of all parts add up to the batch's."""
+        """Parts with questions of similar length, each of which goes through a model at once."""
         if self.args.max_tokens_per_forward is None:
             return [batch]
         lengths = self.rag.question_lengths(self._records(batch.rows), self.args.num_permutations)
-        return [
-            QuestionBatch([batch.rows[i] for i in chunk], [batch.counted[i] for i in chunk], batch.denominator)
-            for chunk in chunk_rows(lengths, self.args.max_tokens_per_forward)
-        ]
+        return batch.split(chunk_rows(lengths, self.args.max_tokens_per_forward))
 
     @property
     def _estimates_serve_once(self) -> bool:
+        """Whether each E-step serves one micro-batch once, so that the M-step has the weights it was made with."""
         return self.args.steps_per_estimation == self.args.maximization_epochs == 1
 
     def _block_estimates(self, inputs: MicroBatch) -> list[Estimate]:
@@ -306,19 +258,12 @@ class DROTrainer(RoleTrainer):
         return self._estimates[inputs.position]
 
     def _estimate(self, batch: QuestionBatch, block_index: int) -> Estimate:
-        """
-        The E-step: samples permutations for every question and scores the answer under each (equations 4 to 7).
-        """
+        """The E-step: samples permutations for every question and scores its answer under each (equations 4 to 7)."""
         args = self.args
         records = self._records(batch.rows)
-        # What is drawn for a question depends on seed, block and row, and not on the batch or process it is in.
-        draws = [random.Random(f"{args.seed}, block {block_index}, row {row}") for row in batch.rows]
-        orders = [list(range(len(record["documents"]))) for record in records]
-        if args.shuffle_candidates:
-            orders = [draw.sample(order, len(order)) for draw, order in zip(draws, orders, strict=True)]
-        targets = [self._targets(record["answers"], draw) for record, draw in zip(records, draws, strict=True)]
-        questions = _reorder(records, orders)
-        seeds = [draw.getrandbits(62) for draw in draws]
+        keys = [f"{args.seed}, block {block_index}, row {row}" for row in batch.rows]
+        orders, targets, seeds = draw(records, keys, args.shuffle_candidates, args.answer_target)
+        questions = reordered(records, orders)
         # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
         read = None
         same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
@@ -340,7 +285,7 @@ class DROTrainer(RoleTrainer):
         forward: gradient checkpointing recomputes with the adapter that is active at that time.
         """
         self._last_rows = estimate.batch.rows
-        questions = _reorder(self._records(estimate.batch.rows), estimate.orders)
+        questions = reordered(self._records(estimate.batch.rows), estimate.orders)
 
         significant, kept = estimate.samples.permutations, None
         if self.args.negligible_weight > 0 and self.args.train_generator:
@@ -399,27 +344,18 @@ class DROTrainer(RoleTrainer):
             counted = weights.usable & estimate.counted
             if logps.isnan().any():
                 # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
-                counted = counted & ~logps.isnan().any(dim=-1)
-                rows = counted.nonzero().flatten().tolist()
-                coefficients, broken, counted = coefficients[rows], ~counted & weights.usable, counted[rows]
-                self._warn_of_unusable(~broken)
+                broken = logps.isnan().any(dim=-1)
+                self._warn_of_unusable(~(broken & weights.usable))
+                rows = (counted & ~broken).nonzero().flatten().tolist()
+                coefficients, counted = coefficients[rows], counted[rows]
                 with self.compute_loss_context_manager():
-                    logps = score(rows, None) if rows else self._no_gradient(role)
+                    logps = score(rows, None) if rows else self._zero(role).expand(0, 1)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
             loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         self._means.add(f"{role}/loss", loss)
         return loss.detach()
-
-    def _no_gradient(self, role: Role) -> Tensor:
-        """A zero of shape `(0, m)` that keeps the role's parameters in the graph, as other processes wait for them."""
-        zero = 0.0 * torch.stack([parameter.sum() for _, parameter in self.roles.named_parameters(role)]).sum()
-        return zero + torch.zeros(0, self.args.num_permutations, device=self.args.device)
-
-    def _synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are averaged over processes once, in the last role's backward."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
     def _weigh(self, estimate: Estimate) -> Weights:
         args = self.args
@@ -433,6 +369,7 @@ class DROTrainer(RoleTrainer):
         seeds: list[int],
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
+        """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
         samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
         if self.args.selector_likelihood == "constrained":
             return samples
@@ -445,25 +382,6 @@ class DROTrainer(RoleTrainer):
         mean = self.args.answer_likelihood == "mean"
         return self.rag.answer_logps(questions, targets, permutations, mean, wrapped)
 
-    def _targets(self, answers: list[str], draw: random.Random) -> list[str]:
-        if self.args.answer_target == "all":
-            return answers
-        return [draw.choice(answers) if self.args.answer_target == "random" else answers[0]]
-
-    @contextlib.contextmanager
-    def _inference(self, gradients: bool = False) -> Iterator[None]:
-        """
-        Evaluation mode, without gradients unless asked for; the mode from before is restored. Autocast keeps casts of
-        weights till its end, those made without gradients too: never nest the two.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.set_grad_enabled(gradients), self.accelerator.autocast():
-                yield
-        finally:
-            self.model.train(was_training)
-
     # Logs
 
     def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
@@ -472,20 +390,14 @@ class DROTrainer(RoleTrainer):
             self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
-        if self.args.log_permutations:
-            self._shown_permutations += permutation_rows(
-                self.state.global_step + 1,
-                questions,
-                estimate.targets,
-                estimate.samples,
-                estimate.answer_logps,
-                weights.generator,
-            )
-
-    def _warn_of_unusable(self, usable: Tensor) -> None:
-        rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
-        if rows:
-            logger.warning(f"No finite likelihood for questions {self._question_ids(rows)}: left out.")
+        self._shown_permutations += permutation_rows(
+            self.state.global_step + 1,
+            questions,
+            estimate.targets,
+            estimate.samples,
+            estimate.answer_logps,
+            weights.generator,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes, to a log of training."""
@@ -497,8 +409,12 @@ class DROTrainer(RoleTrainer):
             most = min(self.args.num_permutations, num_possible)
             self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
             if self._shown_permutations and self.is_world_process_zero():
-                print_permutations(self._shown_permutations[: self.args.num_permutations])
-                save_permutations(self._shown_permutations, self.args.output_dir, self.args.report_to)
+                shown, trackers = self._shown_permutations, self.args.report_to
+                if self.args.log_permutations:
+                    print_permutations(shown[: self.args.num_permutations])
+                else:  # a few, for `trl-dro report`
+                    shown, trackers = shown[: QUESTIONS_PER_LOG * self.args.num_permutations], []
+                save_permutations(shown, self.args.output_dir, trackers)
         super().log(logs, start_time)
 
     def _warn_of_collapse(self, unique_share: float) -> None:
@@ -539,7 +455,7 @@ class DROTrainer(RoleTrainer):
                 scores.append(self.accelerator.gather_for_metrics(torch.stack(list(batch_scores.values()), dim=-1)))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.rag.count = TokenCount()
-        per_question = torch.cat(scores)  # [questions, metrics]
+        per_question = torch.cat(scores)  # [questions, metrics], NaN where a bound is not finite
         means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(
@@ -548,47 +464,24 @@ class DROTrainer(RoleTrainer):
 
     def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
         """Answer of each question, and its scores by name, each of shape `(B,)`."""
-        answers, per_question = answer_and_score(self.rag, questions, self.args.max_answer_length)
-        scores = {
-            name: torch.tensor([row[name] for row in per_question], device=self.args.device)
-            for name in per_question[0]
-        }
-        seeds = [
-            random.Random(f"{self.args.seed}, {question_text(question['question'])}").getrandbits(62)
-            for question in questions
-        ]
+        answers, scores = answer_and_score(self.rag, questions, self.args.max_answer_length)
+        keys = [f"{self.args.seed}, {question_text(question['question'])}" for question in questions]
+        _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
         samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
-        targets = [question["answers"][:1] for question in questions]
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
-        usable = (answer_logps + samples.correction).isfinite().all(dim=-1)
-        for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
-            scores[name] = torch.full_like(scores["em"], float("nan"))  # left out of the mean
-            scores[name][usable] = bound(answer_logps[usable], samples.correction[usable])
-        scores["loss"] = -scores["iwae_bound"]
-        return answers, scores
+        return answers, scores | score_bounds(answer_logps, samples.correction)
 
     # What a run that resumes in the middle of a block needs of its E-step
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.steps_per_estimation != 1 or self.args.maximization_epochs != 1:
-            torch.save((self._estimated_block, self._estimates), self._estimates_file(output_dir))
+            save_estimates(self._estimated_block, self._estimates, self._estimates_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
-            with torch.serialization.safe_globals([Estimate, QuestionBatch, PermutationSamples]):
-                # torch.load does not know the device "cpu:0", which a process of several has.
-                device = "cpu" if self.args.device.type == "cpu" else self.args.device
-                self._estimated_block, self._estimates = torch.load(path, map_location=device)
+            self._estimated_block, self._estimates = load_estimates(path, self.args.device)
 
     def _estimates_file(self, folder: str) -> Path:
         return Path(folder) / f"estimates_{self.args.process_index}.pt"
-
-
-def _reorder(records: list[dict[str, Any]], orders: list[list[int]]) -> list[dict[str, Any]]:
-    """Records with their documents in the given orders."""
-    return [
-        {**record, "documents": [record["documents"][i] for i in order]}
-        for record, order in zip(records, orders, strict=True)
-    ]

@@ -1,9 +1,13 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""What the E-step leaves for the M-step: sampled permutations, how likely they make the answer, and their weights."""
+"""What chance decides in an E-step, and what it leaves for the M-step: sampled permutations, how likely they make the
+answer, and their weights."""
 
 import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +24,78 @@ from .importance import (
 from .permutation import PermutationSamples
 from .schedule import QuestionBatch
 from .shared_prefix import ReadPrompts
+
+
+AnswerTarget = Literal["first", "random", "all"]
+
+
+class Draws(NamedTuple):
+    """
+    What chance decides about `B` questions before their permutations are sampled.
+
+    Args:
+        orders (`list[list[int]]` of length `B`):
+            Candidate shown at each place of the selector's prompt.
+        targets (`list[list[str]]` of length `B`):
+            Answers whose likelihoods are summed.
+        seeds (`list[int]` of length `B`):
+            Seed of each question's permutations.
+    """
+
+    orders: list[list[int]]
+    targets: list[list[str]]
+    seeds: list[int]
+
+
+def draw(
+    records: Sequence[Mapping[str, Any]], keys: Sequence[str], shuffle_candidates: bool, answer_target: AnswerTarget
+) -> Draws:
+    """
+    Draws order, target and seed of each question, which depend on its key and not on the batch or process it is in.
+
+    Args:
+        records (`list[dict]` of length `B`):
+            Questions with `answers` and `documents`.
+        keys (`list[str]` of length `B`):
+            Names each question's draws: the same key gives the same ones.
+        shuffle_candidates (`bool`):
+            Whether to shuffle the candidates.
+        answer_target (`str`):
+            Which answers are the target: the `"first"`, a `"random"` one, or `"all"`.
+
+    Returns:
+        [`Draws`]
+    """
+    draws = Draws([], [], [])
+    for record, key in zip(records, keys, strict=True):
+        rng = random.Random(key)
+        order, answers = list(range(len(record["documents"]))), record["answers"]
+        draws.orders.append(rng.sample(order, len(order)) if shuffle_candidates else order)
+        if answer_target == "all":
+            draws.targets.append(answers)
+        else:
+            draws.targets.append([rng.choice(answers) if answer_target == "random" else answers[0]])
+        draws.seeds.append(rng.getrandbits(62))
+    return draws
+
+
+def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """
+    Records with their documents as they are shown to the selector.
+
+    Args:
+        records (`list[dict]` of length `B`):
+            Questions with `documents`.
+        orders (`list[list[int]]` of length `B`):
+            See [`Draws`].
+
+    Returns:
+        `list[dict]` of length `B`
+    """
+    return [
+        {**record, "documents": [record["documents"][i] for i in order]}
+        for record, order in zip(records, orders, strict=True)
+    ]
 
 
 class Weights(NamedTuple):
@@ -57,9 +133,9 @@ class Estimate:
         batch ([`~schedule.QuestionBatch`]):
             Rows of the training set.
         orders (`list[list[int]]` of length `B`):
-            Candidate shown at each place of the selector's prompt.
+            See [`Draws`].
         targets (`list[list[str]]` of length `B`):
-            Answers whose likelihoods are summed.
+            See [`Draws`].
         samples ([`~permutation.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
@@ -148,6 +224,19 @@ class Estimate:
         if self.answer_logps is None:
             raise RuntimeError("the answers of this estimate were not scored yet")
         return self.answer_logps, self.samples.correction
+
+
+def save_estimates(block_index: int, estimates: list[list[Estimate]], path: str | Path) -> None:
+    """Writes the estimates of a block, by micro-batch and part of it, for [`load_estimates`]."""
+    torch.save((block_index, estimates), path)
+
+
+def load_estimates(path: str | Path, device: torch.device) -> tuple[int, list[list[Estimate]]]:
+    """Index of a block and its estimates, as [`save_estimates`] wrote them, on `device`."""
+    with torch.serialization.safe_globals([Estimate, QuestionBatch, PermutationSamples]):
+        # torch.load does not know the device "cpu:0", which a process of several has.
+        block_index, estimates = torch.load(path, map_location="cpu" if device.type == "cpu" else device)
+    return block_index, estimates
 
 
 def significant_permutations(permutations: Tensor, weights: Tensor, negligible: float) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,14 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A whole system evaluated on a dataset: any selector or none, any generator, resumable, one line per question."""
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
 from .data import load_records, read_corpus, read_questions, validate_dataset
@@ -23,15 +18,17 @@ from .pipeline import RAGPipeline
 from .prompts import question_text
 from .rag_config import RAGConfig
 from .rag_model import RAGModel, chunk_rows
+from .resumable import complete_rows, fingerprint, weights_stamp, write_json
 from .retrieval import BM25Retriever, retrieve_candidates
 from .run_folder import LoadOptions
 from .scoring import Selection, score_question, select
 
 
-SETTINGS_FILE = "settings.json"
 QUESTIONS_FILE = "questions.jsonl"
-PARTIAL_FILE = "questions.partial.jsonl"
 SUMMARY_FILE = "summary.json"
+
+# Arguments that do not change the result of a question.
+_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
 
 Scored = dict[str, Any]
 
@@ -171,19 +168,6 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         raise DatasetError("--ranking_measures need a column positive_ids, which the dataset has not: leave them out")
 
     def load() -> RAGPipeline:
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options = LoadOptions(
-            dtype=args.dtype,
-            device=args.device,
-            quantization_config=four_bits if args.load_in_4bit else None,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
         sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
         # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so
         # beside the generator's own.
@@ -193,12 +177,12 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             selector=selector,
             revision=args.revision,
             base_model=args.base_model,
-            options=options,
+            options=load_options(args),
             **{name: value for name, value in sizes.items() if value is not None},
         )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = _weights_stamp(args.model, args.selector, args.generator)
+    asked["weights"] = weights_stamp(args.model, args.selector, args.generator)
     rows = run(load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked)
     baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
     summary = summarize(rows, baseline, args.ranking_measures)
@@ -208,8 +192,21 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     return summary
 
 
-# What does not change the result of a question.
-_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
+def load_options(args: Any) -> LoadOptions:
+    """Precision, device and quantization that a command's settings ask for."""
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return LoadOptions(
+        dtype=args.dtype,
+        device=args.device,
+        quantization_config=four_bits if args.load_in_4bit else None,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def run(
@@ -247,40 +244,24 @@ def run(
         `DatasetError`: the dataset is malformed.
         `ValueError`: `output_dir` holds another evaluation.
     """
-    folder = Path(output_dir)
     validate_dataset(dataset, 1, "dataset")
-    folder.mkdir(parents=True, exist_ok=True)
-    own = {"selection": selection, "dataset_sha256": _fingerprint(dataset), **(settings or {})}
-    _claim(folder, json.loads(json.dumps(own)))
-    finished, partial_file = folder / QUESTIONS_FILE, folder / PARTIAL_FILE
-    done = {row["row"]: row for row in _whole_lines(finished if finished.is_file() else partial_file)}
-    left = [row for row in range(len(dataset)) if row not in done]
-    if left:
+    asked = fingerprint(dataset, ("question", "answers", "documents"))
+
+    def work(left: list[int]) -> Iterator[tuple[list[int], list[Scored]]]:
         pipe = load()
         validate_dataset(dataset, pipe.config.num_selected, "dataset")
-        # Similar lengths together, the longest first: if memory does not suffice, it shows at once.
-        left.sort(key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"]))
-        score = partial(_score_batch, pipe.rag, pipe.config, selection, context_reliance)
-        with (
-            open(partial_file, "a", encoding="utf-8") as file,
-            tqdm(total=len(dataset), initial=len(done), desc="Evaluating", unit="question") as progress,
-        ):
-            for rows, records in _batches(pipe, dataset, left, tokens_per_batch):
-                for row, scored in zip(rows, score(records), strict=True):
-                    done[row] = {"row": row, **scored}
-                    file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
-                file.flush()
-                progress.update(len(rows))
-    results = [done[row] for row in range(len(dataset))]
-    if not finished.is_file():
-        _write(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
-    partial_file.unlink(missing_ok=True)
-    return results
+        for rows, records in batches(pipe, dataset, left, tokens_per_batch):
+            yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, records)
+
+    own = {"selection": selection, "dataset_sha256": asked, **(settings or {})}
+    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating")
 
 
-def _batches(
+def batches(
     pipe: RAGPipeline, dataset: Dataset, rows: Sequence[int], tokens_per_batch: int
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Rows and their records in batches of similar length, the longest first: too little memory shows at once."""
+    rows = sorted(rows, key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"]))
     for start in range(0, len(rows), 256):
         block = list(rows[start : start + 256])
         records = [
@@ -355,59 +336,3 @@ def _load_dataset(args: EvaluationArguments) -> Dataset:
     if args.max_questions is None:
         return dataset
     return dataset.select(range(min(args.max_questions, len(dataset))))
-
-
-def _weights_stamp(*names: str | None) -> str | None:
-    """Tells weights in local folders from others that were written to the same folders later."""
-    files = [path for name in names if name and Path(name).is_dir() for path in Path(name).rglob("*.safetensors")]
-    kept = [path for path in sorted(files) if not any(part.startswith("checkpoint-") for part in path.parts)]
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in kept or sorted(files)]
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest() if stamps else None
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    """Hash of what is asked: the same questions, answers and documents have the same, wherever they come from."""
-    digest = hashlib.sha256()
-    for record in dataset.select_columns(["question", "answers", "documents"]):
-        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
-    return digest.hexdigest()
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a new evaluation, or raises if the folder has another one."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        if any((folder / name).exists() for name in (QUESTIONS_FILE, PARTIAL_FILE)):
-            raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
-        write_json(path, settings)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(before.keys() | settings.keys()):
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} holds an evaluation with {name}={before.get(name)!r}, not {settings.get(name)!r}: name "
-                "another output_dir, or delete that folder"
-            )
-
-
-def _whole_lines(path: Path) -> list[Scored]:
-    """Lines of a file whose last one may have been cut; that one is removed from the file too."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "rb+") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file that is whole or not there."""
-    _write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)

@@ -135,7 +135,7 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
     for heading in ("system", *(("baseline", "difference", "p") if baseline is not None else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in summary["metrics"].items():
-        label, scale, digits = _label(name)
+        label, scale, digits = metric_label(name)
 
         def shown(key, sign="", values=values, scale=scale, digits=digits):
             return f"{scale * values[key]:{sign}.{digits}f}"
@@ -148,7 +148,7 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
     return table
 
 
-def _label(name: str) -> tuple[str, float, int]:
+def metric_label(name: str) -> tuple[str, float, int]:
     """What a metric is called in the table, what it is multiplied by, and its digits."""
     labels = {
         "em": "exact match",

@@ -92,7 +92,7 @@ def completion_logps(completion: CompletionLogits, mean: bool = False) -> Tensor
         token_logps = _token_logps(logits, tokens)
     else:
         # Kept for the backward is what the model gave, and no float32 copy of it.
-        parts = zip(logits.split(size), tokens.split(size), strict=True)
+        parts = zip(torch.split(logits, size), torch.split(tokens, size), strict=True)
         token_logps = torch.cat([checkpoint(_token_logps, *part, use_reentrant=False) for part in parts])
     lengths = torch.tensor(completion.lengths, device=logits.device)
     rows = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths, output_size=len(tokens))
@@ -108,7 +108,22 @@ def flat_tokens(completions: Sequence[Sequence[int]], device: torch.device) -> T
 def pad_rows(
     rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, side: str
 ) -> tuple[Tensor, Tensor]:
-    """Token ids `(R, L)` and mask `(R, L)` of ragged rows, padded on `side` (`"left"` or `"right"`)."""
+    """
+    Ragged rows of token ids as a tensor.
+
+    Args:
+        rows (`list[list[int]]` of length `R`):
+            Token ids.
+        pad_token_id (`int`):
+            Any valid token id: padding is masked.
+        device (`torch.device`):
+            Device of the result.
+        side (`str`):
+            Where to pad, `"left"` or `"right"`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: token ids, and a mask that is false in the padding, both `(R, L)`.
+    """
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)

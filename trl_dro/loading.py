@@ -3,16 +3,27 @@
 
 from typing import Any, cast
 
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from . import tiny
 from ._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .data.schema import validate_dataset
 from .dro_config import DROConfig
 from .permutation import PermutationCodec
-from .prompts import PromptBuilder, check_lengths
+from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
 from .rag_config import RAGConfig
-from .roles import ROLES, Role
+from .roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from .shared_prefix import check_attention, check_layers
 
 
@@ -53,13 +64,47 @@ def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tiny_model_for(args: Any) -> str:
+    """
+    The tiny model, where none is named: sets the prompts that it was trained with in place of the defaults.
+
+    Args:
+        args ([`DROConfig`] or [`~warmup.WarmUpArguments`]):
+            Settings, changed in place: `selector_template` and `generator_template`, if they are the defaults.
+
+    Returns:
+        `str`: folder of the model.
+    """
+    print("No --model_name_or_path: the tiny model of the demo stands in, to try out the data and the settings.")
+    if args.selector_template == SELECTOR_TEMPLATE:
+        args.selector_template = tiny.SELECTOR_TEMPLATE
+    if args.generator_template == GENERATOR_TEMPLATE:
+        args.generator_template = tiny.GENERATOR_TEMPLATE
+    return str(tiny.TINY_MODEL)
+
+
 def load_model(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     args: DROConfig,
     quantization_config: BitsAndBytesConfig | None,
     revision: str | None = None,
-) -> PreTrainedModel:
-    """Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise."""
+) -> Any:
+    """
+    Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        args ([`DROConfig`]):
+            Configuration.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model that is loaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
+    """
     if not isinstance(model, str):
         return model
     # The config's type allows a JSON string, which its constructor has parsed.
@@ -71,6 +116,50 @@ def load_model(
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model, **kwargs)
+
+
+def load_roles(
+    model: str | PreTrainedModel | PeftModel,
+    selector_model: str | PreTrainedModel | None,
+    args: DROConfig,
+    peft_config: PeftConfig | dict[str, PeftConfig] | None,
+    quantization_config: BitsAndBytesConfig | None,
+) -> Roles:
+    """
+    Both roles, ready to be trained: loaded, with new adapters drawn from `args.seed`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base of both roles, or of the generator when there is a `selector_model`.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base of the selector alone.
+        args ([`DROConfig`]):
+            Configuration.
+        peft_config ([`~peft.PeftConfig`] or `dict[str, PeftConfig]`, *optional*):
+            See [`~roles.prepare_role_model`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of models given by id or folder.
+
+    Returns:
+        [`~roles.Roles`]
+
+    Raises:
+        `ValueError`: models and `peft_config` do not go together, see [`~roles.prepare_role_model`].
+    """
+    set_seed(args.seed)
+    role_model = prepare_role_model(
+        load_model(model, args, quantization_config, generator_revision(args)),
+        None if selector_model is None else load_model(selector_model, args, quantization_config),
+        peft_config,
+    )
+    trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
+    roles = Roles(role_model, trained)
+    cast_adapters_for_quantized_base(roles)
+    if args.disable_dropout:
+        disable_dropout(role_model)
+    if args.gradient_checkpointing:
+        roles.enable_input_require_grads()
+    return roles
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -116,6 +205,11 @@ def context_length(model: str | PreTrainedModel, args: DROConfig, revision: str 
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
     check_layers(config)
+    return longest_sequence(config)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a model can read; `None` if it has no limit."""
     # Models without absolute or rotary positions do not have the attribute.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -164,7 +258,13 @@ def load_tokenizers(
     processing_class: PreTrainedTokenizerBase | None,
     args: DROConfig,
 ) -> dict[Role, PreTrainedTokenizerBase]:
-    """Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed."""
+    """
+    Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed.
+
+    Raises:
+        `TypeError`: `processing_class` is no tokenizer.
+        `ValueError`: a model instance does not say where its tokenizer is, or a tokenizer has no eos token.
+    """
     generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
@@ -180,6 +280,19 @@ def build_prompts(
 ) -> dict[Role, PromptBuilder]:
     """
     Prompt builder of each role, limited to what the model's context leaves beside the completion.
+
+    Args:
+        args ([`DROConfig`] or [`~rag_config.RAGConfig`]):
+            Templates and sizes.
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizer of each role.
+        codec ([`~permutation.PermutationCodec`]):
+            Form of permutations, the selector's completions.
+        contexts (`dict[str, int]`):
+            Longest sequence of each role's model in tokens; `None` for no limit.
+
+    Returns:
+        `dict[str, PromptBuilder]`
 
     Raises:
         `ValueError`: a template is malformed, or `max_prompt_length` does not leave room for the completion.
@@ -204,7 +317,8 @@ def check_inputs(
     selector_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | None,
     args: DROConfig,
-    datasets: dict[str, Any],
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
 ) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, PromptBuilder]]:
     """
     Tokenizers, codec and prompts of a run, and whatever can be wrong with its inputs before weights are loaded.
@@ -218,8 +332,10 @@ def check_inputs(
             Tokenizer that was passed.
         args ([`DROConfig`]):
             Configuration.
-        datasets (`dict[str, Dataset]`):
-            Datasets by the names that errors call them. Only `"train_dataset"` can have several targets.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Questions for training; needed unless there are some for evaluation.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Questions for evaluation, whose target is the first answer.
 
     Returns:
         `tuple`: tokenizer of each role, codec, prompt builder of each role.
@@ -228,6 +344,13 @@ def check_inputs(
         `DatasetError`: a dataset is malformed.
         `ValueError`: something cannot fit, or settings cannot work together.
     """
+    datasets: dict[str, Any] = {}  # by the names that errors call them
+    if train_dataset is not None or eval_dataset is None:
+        datasets["train_dataset"] = train_dataset
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)

@@ -15,8 +15,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .data.storage import write_whole
 from .permutation import PermutationCodec, PermutationSamples
 from .prompts import question_text
+from .shared_prefix import TokenCount
+
+
+# Not uploaded with the run: names with an underscore are not, and the questions may be private.
+PERMUTATIONS_FOLDER = "_permutations"
+QUESTIONS_PER_LOG = 4  # kept when log_permutations is off
 
 
 class RunningMeans:
@@ -43,6 +50,14 @@ class RunningMeans:
     def add_all(self, name: str, values: Tensor) -> None:
         """Adds every element of `values`, which may be empty."""
         self.add(name, values.float().sum(), values.numel())
+
+    def add_speed(self, seconds: dict[str, float], count: TokenCount) -> None:
+        """Adds the seconds that each step took, and the tokens that went through a model in them."""
+        for name, value in seconds.items():
+            self.add(f"{name}_seconds", value)
+        # Processes work side by side: their tokens add up, their seconds do not.
+        self.add("tokens_per_second", count.tokens, sum(seconds.values()) / self.accelerator.num_processes)
+        self.add("padding_share", count.padded - count.tokens, count.padded)
 
     def pop(self) -> dict[str, float]:
         """Means over all processes, which must have added the same names; forgets them."""
@@ -92,7 +107,26 @@ def permutation_rows(
     answer_logps: Tensor,
     weights: Tensor,
 ) -> list[dict[str, Any]]:
-    """One dict per sampled permutation, `m` in a row for each question, for the functions below."""
+    """
+    One dict per sampled permutation, for [`permutation_table`] and [`save_permutations`].
+
+    Args:
+        step (`int`):
+            Update, from 1.
+        questions (`list[dict]` of length `B`):
+            Questions with their documents in the order that the permutations refer to.
+        targets (`list[list[str]]` of length `B`):
+            Answers of each question; the first is shown.
+        samples ([`~permutation.PermutationSamples`]):
+            Permutations and their log-probabilities.
+        answer_logps (`Tensor` of shape `(B, m)`):
+            Log-likelihoods of the answers, in nats.
+        weights (`Tensor` of shape `(B, m)`):
+            Weights of the permutations.
+
+    Returns:
+        `list[dict]` of length `B * m`: question by question.
+    """
     columns = (samples.permutations, samples.logps, answer_logps, weights)
     return [
         {
@@ -118,17 +152,17 @@ def print_permutations(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, report_to: Sequence[str]) -> None:
-    """Writes rows to `permutations/step-N.jsonl` in the output folder, and as a table to wandb or trackio."""
-    folder = Path(output_dir) / "permutations"
+    """Writes rows to `_permutations/step-N.jsonl` in the output folder, and as a table to wandb or trackio."""
+    folder = Path(output_dir) / PERMUTATIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"step-{rows[0]['step']}.jsonl").write_text(lines, encoding="utf-8")
+    write_whole(folder / f"step-{rows[0]['step']}.jsonl", lines)
     for backend in {"wandb", "trackio"} & set(report_to):
         module = importlib.import_module(backend)
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})
 
 
-def comparison_table(before: dict[str, float], after: dict[str, float], prefix: str = "eval_") -> Table:
+def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table:
     """
     Table of two evaluations of the same questions, with the retriever's own recall beside the selector's.
 
@@ -137,8 +171,6 @@ def comparison_table(before: dict[str, float], after: dict[str, float], prefix: 
             Output of `DROTrainer.evaluate` before training.
         after (`dict[str, float]`):
             The same after training.
-        prefix (`str`, *optional*, defaults to `"eval_"`):
-            Prefix of the metrics' names.
 
     Returns:
         [`~rich.table.Table`]: percentages, and bounds in nats.
@@ -148,15 +180,15 @@ def comparison_table(before: dict[str, float], after: dict[str, float], prefix: 
     for heading in ("retriever", "before", "after", "change"):
         table.add_column(heading, justify="right")
     shares = {"em": "exact match, %", "f1": "F1, %"}
-    names = [name.removeprefix(prefix) for name in before]
-    shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in names if name.startswith("recall@")}
+    before, after = ({name.removeprefix("eval_"): value for name, value in m.items()} for m in (before, after))
+    shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in before if name.startswith("recall@")}
     for name, label in shares.items():
-        retriever = before.get(f"{prefix}retriever_{name}")
-        old, new = 100 * before[prefix + name], 100 * after[prefix + name]
+        retriever = before.get(f"retriever_{name}")
+        old, new = 100 * before[name], 100 * after[name]
         first = "" if retriever is None else f"{100 * retriever:.1f}"
         table.add_row(label, first, f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}")
     for name, label in (("elbo", "ELBO, nats"), ("iwae_bound", "IWAE bound, nats")):
-        old, new = before[prefix + name], after[prefix + name]
+        old, new = before[name], after[name]
         table.add_row(label, "", f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}")
     return table
 

@@ -283,7 +283,7 @@ def sample_permutations(
     )
     parts = [
         _sample(model, codec, read, num_documents, part, temperature, top_p, greedy)
-        for part in noise.split(MAX_SAMPLES_IN_ROW, dim=1)
+        for part in torch.split(noise, MAX_SAMPLES_IN_ROW, dim=1)
     ]
     return PermutationSamples(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
 

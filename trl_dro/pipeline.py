@@ -92,7 +92,7 @@ class RAGPipeline:
     from trl_dro import RAGPipeline
 
     pipe = RAGPipeline.from_pretrained("llama3-dro")  # a run folder or a Hub repo
-    output = pipe("who wrote the origin of species", documents=[{"id": "7", "title": "…", "text": "…"}, …])
+    output = pipe("who wrote the origin of species", documents=[{"id": "7", "title": "…", "text": "…"}])
     output.answer, [(document.id, document.probability) for document in output.documents]
     ```
     """
@@ -163,12 +163,20 @@ class RAGPipeline:
 
     @overload
     def __call__(
-        self, question: str, documents: Sequence[Document | str] | None = ..., retriever: Retriever | None = ...
+        self,
+        question: str,
+        documents: Sequence[Document | str] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
     ) -> RAGOutput: ...
 
     @overload
     def __call__(
-        self, question: list[Any], documents: Sequence[Any] | None = ..., retriever: Retriever | None = ...
+        self,
+        question: list[Any],
+        documents: Sequence[Any] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
     ) -> Any: ...
 
     def __call__(self, question, documents=None, retriever=None, batch_size=8):
@@ -229,8 +237,8 @@ class RAGPipeline:
         retriever: Retriever | None = None,
     ) -> RAGStream:
         """
-        Selects documents, then answers piece by piece. Other threads wait until the pieces are read to the end or the
-        iterator is closed.
+        Selects documents, then answers piece by piece; see [`~RAGPipeline.__call__`] for arguments and errors. Other
+        threads wait until the pieces are read to the end or the iterator is closed.
 
         Returns:
             [`RAGStream`]: joined and stripped, the pieces are the answer of [`~RAGPipeline.__call__`].
@@ -243,7 +251,10 @@ class RAGPipeline:
     def export_merged(self, role: Role, folder: str | Path) -> None:
         """
         Writes one role as a plain model folder, its adapter merged into a fresh copy of its base, for vLLM, TGI,
-        llama.cpp and others. See [`~run_folder.export_merged`].
+        llama.cpp and others. See [`~run_folder.export_merged`] for arguments.
+
+        Raises:
+            `ValueError`: the pipeline was not loaded by [`~RAGPipeline.from_pretrained`], or the folder has files.
         """
         if self.sources is None:
             raise ValueError(

@@ -2,12 +2,12 @@
 """Prompts and sizes of a trained system, kept beside its weights."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .data.storage import write_whole
 from .prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, Template
 
 
@@ -56,10 +56,7 @@ class RAGConfig:
     def save(self, folder: str | Path) -> None:
         """Writes `rag_config.json`. A template that is a function is left out: it must be passed when loading."""
         values = {name: None if callable(value) else value for name, value in asdict(self).items()}
-        path = Path(folder) / CONFIG_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(Path(folder) / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "RAGConfig":

@@ -69,7 +69,17 @@ class RAGModel:
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
         """
         The selector's prompts in its cache, for [`~RAGModel.sample`] and [`~RAGModel.permutation_logps`] of the same
-        weights. With gradients enabled those of the latter flow through it.
+        weights. With gradients enabled those of the latter flow through it. The selector must not be checkpointing.
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+
+        Returns:
+            [`~shared_prefix.ReadPrompts`]
+
+        Raises:
+            [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
         """
         begun = [self.codec.forced_start(len(question["documents"])) for question in questions]
         return self._packed("selector").read(self._selector_prompts(questions), begun)
@@ -85,8 +95,29 @@ class RAGModel:
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~permutation.sample_permutations`]; `read` is what
-        [`~RAGModel.read`] gives for these questions, if it was called before.
+        Permutations drawn from the selector, see [`~permutation.sample_permutations`].
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+            num_permutations (`int`):
+                Samples per question, m.
+            temperature (`float`, *optional*, defaults to `1.0`):
+                Divides the logits of the allowed tokens.
+            top_p (`float`, *optional*, defaults to `1.0`):
+                Nucleus of every choice.
+            greedy (`bool`, *optional*, defaults to `False`):
+                Take the most probable token at every branch instead of sampling.
+            seeds (`list[int]` of length `B`, *optional*):
+                Seed of each question's draws; drawn from the global generator by default.
+            read ([`~shared_prefix.ReadPrompts`], *optional*):
+                What [`~RAGModel.read`] gives for these questions, if it was called before.
+
+        Returns:
+            [`~permutation.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
+
+        Raises:
+            [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
         """
         if seeds is None:
             seeds = [0] * len(questions) if greedy else torch.randint(2**62, (len(questions),)).tolist()
@@ -144,7 +175,8 @@ class RAGModel:
         groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
         prompts = self._selector_prompts(questions) if read is None else read.prompts
         model = self.roles.module("selector")
-        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together.
+        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together. Not all
+        # modules have the attribute.
         cached = not (model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
 
         def score(rows: list[int]) -> Sequence[Tensor]:
@@ -165,7 +197,18 @@ class RAGModel:
         return torch.cat(self._in_chunks(score, lengths))[inverse]
 
     def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
-        """Logits that predict the tokens that the selector writes after prompts it has read, a row for each."""
+        """
+        Logits that predict what the selector writes.
+
+        Args:
+            written (`list[list[int]]` of length `B`):
+                Tokens written after each prompt.
+            read ([`~shared_prefix.ReadPrompts`]):
+                The prompts, see [`~RAGModel.read`].
+
+        Returns:
+            [`~likelihood.CompletionLogits`]: of `B` completions, in order.
+        """
         groups = [[(prompt, tokens)] for prompt, tokens in zip(read.prompts, written, strict=True)]
         return self._packed("selector").completion_logits(groups, read)
 
@@ -217,6 +260,27 @@ class RAGModel:
         logps = torch.cat(self._in_chunks(score, lengths))
         aliases = logps.split([len(targets[question]) for question, _ in pairs])
         return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
+
+    def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
+        """
+        Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
+        nothing shared between the generator's prompts.
+
+        Args:
+            questions (`list[dict]` of length `B`):
+                Questions with their documents.
+            num_permutations (`int`):
+                Permutations per question, m.
+
+        Returns:
+            `list[int]` of length `B`: tokens.
+        """
+        lengths = []
+        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
+            longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
+            prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
+            lengths.append(max(row, num_permutations * len(prompt)))
+        return lengths
 
     @torch.no_grad()
     def answer(
@@ -296,18 +360,6 @@ class RAGModel:
 
     def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
         return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
-
-    def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
-        """
-        Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
-        nothing shared between the generator's prompts.
-        """
-        lengths = []
-        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
-            longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
-            prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
-            lengths.append(max(row, num_permutations * len(prompt)))
-        return lengths
 
     def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]

@@ -36,6 +36,8 @@ class AnswerLikelihoodReward:
     Example:
 
     ```python
+    # needs a GPU, and a generator and a selector on disk
+    from datasets import load_from_disk
     from trl import GRPOConfig, GRPOTrainer
     from trl_dro import RAGPipeline
     from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
@@ -45,7 +47,7 @@ class AnswerLikelihoodReward:
         model="selector",
         reward_funcs=AnswerLikelihoodReward(pipe.rag),
         args=GRPOConfig(max_completion_length=32),
-        train_dataset=prompt_dataset(dataset, pipe),
+        train_dataset=prompt_dataset(load_from_disk("nq-top20/train"), pipe),
     )
     ```
     """

@@ -1,10 +1,13 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """What training two roles needs of transformers' Trainer, whatever their losses: one optimizer with a rate per role,
-updates that are finite, checkpoints that are whole and hold both roles, and a way to stop between two updates."""
+one exchange of gradients per step, updates that are finite, checkpoints that are whole and hold both roles, and a way
+to stop between two updates."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
@@ -26,10 +29,11 @@ from .checkpoint import (
     staging_folder,
 )
 from .dro_config import DROConfig
+from .log_history import LogHistory
 from .logs import RunningMeans
 from .model_card import build_model_card
 from .rag_config import RAGConfig
-from .roles import ROLES, Roles
+from .roles import ROLES, Role, Roles
 
 
 logger = get_logger(__name__)
@@ -54,6 +58,9 @@ class RoleTrainer(_BaseTrainer):
             Tokenizer of each role, saved beside it.
         kwargs:
             Passed to [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: several GPUs are visible to one process.
     """
 
     args: DROConfig
@@ -66,9 +73,16 @@ class RoleTrainer(_BaseTrainer):
         self._skipped_updates = 0  # in a row
         self._staging: Path | None = None
         super().__init__(model=roles.model, processing_class=tokenizers["generator"], **kwargs)
+        # Asked here, because Trainer counts one where a model is spread over all.
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
+                "visible with CUDA_VISIBLE_DEVICES"
+            )
         self._means = RunningMeans(self.accelerator)
         self._stop = StopOnSignal(self.accelerator)
         self.add_callback(self._stop)
+        self.add_callback(LogHistory())
 
     # Optimization
 
@@ -131,9 +145,53 @@ class RoleTrainer(_BaseTrainer):
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
 
+    def _warn_of_unusable(self, usable: Tensor) -> None:
+        rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
+        if rows:
+            logger.warning(f"No finite likelihood for questions {self._question_ids(rows)}: left out.")
+
     def _question_ids(self, rows: list[int]) -> str:
         """Ids of training questions, or their rows where they have none."""
         return ", ".join(str(self.train_dataset[row].get("id", f"row {row}")) for row in rows)
+
+    # Forward and backward
+
+    @contextlib.contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        """Says which settings take how much memory, should it run out."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            args = self.args
+            raise torch.OutOfMemoryError(
+                f"{str(error).splitlines()[0]} A micro-batch of {args.per_device_train_batch_size} questions "
+                f"({args.per_device_eval_batch_size} in evaluation) has up to {args.max_candidates} candidates and "
+                f"{args.num_permutations} permutations of {args.num_selected} documents each. Lower "
+                "per_device_train_batch_size and raise gradient_accumulation_steps, lower max_document_length, "
+                "max_candidates or num_permutations, turn on gradient_checkpointing, or load the base in 4 bits."
+            ) from error
+
+    @contextlib.contextmanager
+    def _inference(self, gradients: bool = False) -> Iterator[None]:
+        """
+        Evaluation mode, without gradients unless asked for; the mode from before is restored. Autocast keeps casts of
+        weights till its end, those made without gradients too: never nest the two.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.set_grad_enabled(gradients), self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _zero(self, role: Role) -> Tensor:
+        """A zero that keeps the role's parameters in the graph, as other processes wait for their gradients."""
+        return 0.0 * torch.stack([parameter.sum() for _, parameter in self.roles.named_parameters(role)]).sum()
+
+    def _synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are averaged over processes once, in the last role's backward."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
     # Saving, loading, stopping
 

@@ -24,7 +24,8 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .loading import build_prompts, prepare_tokenizer
+from .data.lines import first_line
+from .loading import build_prompts, longest_sequence, prepare_tokenizer
 from .permutation import PermutationCodec
 from .rag_config import CONFIG_FILE, RAGConfig
 from .rag_model import RAGModel
@@ -157,13 +158,13 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
             return cached if any((cached / file).is_file() for file in _MARKS) else None
         raise ValueError(
             f"{where} is no folder here, not in the cache, and the Hub cannot be reached "
-            f"({_first_line(error.__cause__ or error)}): check the name and the network"
+            f"({first_line(error.__cause__ or error)}): check the name and the network"
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"{repo_id} is neither a folder nor a Hub id ({_first_line(error)})") from None
+        raise ValueError(f"{repo_id} is neither a folder nor a Hub id ({first_line(error)})") from None
     except Exception as error:  # a status, a timeout, a connection cut: whatever the HTTP client raises
         raise ValueError(
-            f"{where} could not be downloaded ({_first_line(error)}): try again, it goes on where it stopped"
+            f"{where} could not be downloaded ({first_line(error)}): try again, it goes on where it stopped"
         ) from error
     return None
 
@@ -201,7 +202,7 @@ class LoadOptions:
         self.target = torch.device(self.device or accelerator or "cpu")
 
     def load(self, source: RoleSource) -> PreTrainedModel:
-        """The full model of a role: its own, or the base of its adapter."""
+        """The full model of a role, or the base of its adapter. Raises `ValueError` if it cannot be loaded."""
         kwargs: dict[str, Any] = {}
         if self.quantization_config is not None:
             kwargs = {"quantization_config": self.quantization_config, "device_map": {"": self.target}}
@@ -216,7 +217,7 @@ class LoadOptions:
                 **kwargs,
             )
         except OSError as error:
-            raise ValueError(f"model {source.model} cannot be loaded ({_first_line(error)})") from error
+            raise ValueError(f"model {source.model} cannot be loaded ({first_line(error)})") from error
         return model if self.quantization_config is not None else model.to(self.target)
 
 
@@ -257,7 +258,7 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     role_model.eval()
     roles = Roles(role_model, trained=())
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
-    contexts = {role: _context(roles.module(role)) for role in ROLES}
+    contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
     return RAGModel(roles, tokenizers, build_prompts(config, tokenizers, codec, contexts), codec, options.target)
 
@@ -266,7 +267,7 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
     config = replace(config, num_selected=num_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
-    contexts = {role: _context(rag.roles.module(role)) for role in ROLES}
+    contexts = _contexts(rag.roles)
     return RAGModel(
         rag.roles, rag.tokenizers, build_prompts(config, rag.tokenizers, codec, contexts), codec, rag.device
     )
@@ -328,10 +329,6 @@ def _load_tokenizer(source: RoleSource, options: LoadOptions) -> Any:
     )
 
 
-def _context(model: Any) -> int | None:
-    # Models without absolute or rotary positions do not have the attribute.
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _contexts(roles: Roles) -> dict[Role, int | None]:
+    models: dict[Role, Any] = {role: roles.module(role) for role in ROLES}
+    return {role: longest_sequence(model.config) for role, model in models.items()}

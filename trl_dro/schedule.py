@@ -7,7 +7,7 @@ block this is incremental EM; with the whole epoch as one block it is Algorithm 
 https://huggingface.co/papers/2505.03075.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,13 @@ class QuestionBatch(NamedTuple):
     rows: list[int]  # rows of the dataset
     counted: list[bool]  # False for rows repeated only to give every process as many
     denominator: float  # questions of the global micro-batch per process: what the summed loss is divided by
+
+    def split(self, parts: Sequence[Sequence[int]]) -> list["QuestionBatch"]:
+        """Parts by index into `rows`, whose losses add up to the batch's."""
+        return [
+            QuestionBatch([self.rows[i] for i in part], [self.counted[i] for i in part], self.denominator)
+            for part in parts
+        ]
 
 
 class MicroBatch(NamedTuple):
@@ -53,6 +60,9 @@ class EstimationSampler:
             Index of this process.
         world_size (`int`, *optional*, defaults to `1`):
             Number of processes.
+
+    Raises:
+        `ValueError`: `drop_last` leaves no micro-batch.
     """
 
     def __init__(

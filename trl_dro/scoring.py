@@ -1,12 +1,13 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Questions answered by both roles, and how good their documents and answers are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .importance import elbo, iwae_bound
 from .metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
 from .rag_model import RAGModel
 
@@ -16,7 +17,7 @@ Selection = Literal["selector", "retriever", "oracle"]
 
 def answer_and_score(
     rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
-) -> tuple[list[str], list[dict[str, float]]]:
+) -> tuple[list[str], dict[str, Tensor]]:
     """
     Selects greedily, answers greedily, and scores both.
 
@@ -29,7 +30,7 @@ def answer_and_score(
             Tokens to generate at most.
 
     Returns:
-        `tuple[list[str], list[dict[str, float]]]`: answers, and the scores of [`score_prediction`], one per question.
+        `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`.
     """
     selected = select(rag, questions)  # [B, K]
     answers = rag.answer(questions, selected, max_answer_length)
@@ -39,7 +40,29 @@ def answer_and_score(
         scores.append(
             score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
         )
-    return answers, scores
+    return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
+
+
+def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str, Tensor]:
+    """
+    Bounds on the log-likelihood of answers, by sampled permutations.
+
+    Args:
+        answer_logps (`Tensor` of shape `(B, m)`):
+            Log-likelihood of each question's answer under each permutation, in nats.
+        proposal_correction (`Tensor` of shape `(B, m)`):
+            See [`~importance.iwae_bound`].
+
+    Returns:
+        `dict[str, Tensor]`: `elbo`, `iwae_bound` and `loss`, which is minus the latter, each of shape `(B,)` in nats;
+        NaN for a question with a likelihood that is not finite.
+    """
+    usable = (answer_logps + proposal_correction).isfinite().all(dim=-1)
+    scores = {}
+    for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
+        scores[name] = torch.full_like(answer_logps[:, 0], float("nan"))
+        scores[name][usable] = bound(answer_logps[usable], proposal_correction[usable])
+    return {**scores, "loss": -scores["iwae_bound"]}
 
 
 def recall_cutoffs(num_selected: int) -> list[int]:
@@ -86,8 +109,8 @@ def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Select
         questions (`list[dict]` of length `B`):
             Records with their candidates in retrieval order.
         selection (`str`, *optional*, defaults to `"selector"`):
-            `"selector"`; `"retriever"`, the first candidates; or `"oracle"`, the relevant candidates first: those of
-            `positive_ids` where a record has them, those that contain an answer where it has none.
+            `"selector"`; `"retriever"`, the first candidates; or `"oracle"`, the relevant ones first, see
+            [`is_relevant`].
 
     Returns:
         `Tensor` of shape `(B, K)`: places in `documents`, from 1.
@@ -102,7 +125,7 @@ def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Select
     return torch.tensor([order[: rag.codec.num_selected] for order in orders])
 
 
-def is_relevant(document: dict[str, Any], question: dict[str, Any]) -> bool:
+def is_relevant(document: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
     """Whether a document is among the `positive_ids` of its question or, where there are none, contains an answer."""
     if question.get("positive_ids"):
         return document.get("id") in question["positive_ids"]

@@ -159,14 +159,17 @@ class Worker:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipeline")
 
     async def result(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns."""
+        """What `work` returns. Raises `HTTPException` with 503 or 504 if it has to wait too long."""
         try:
             return await asyncio.wait_for(asyncio.shield(self._begin(work)), self.limits.timeout)
         except TimeoutError:
             raise HTTPException(504, f"no answer within {self.limits.timeout:g} seconds") from None
 
     async def stream(self, work: Callable[[], Any]) -> AsyncIterator[str]:
-        """What the generator that `work` returns yields. It is closed when nobody reads any more."""
+        """
+        What the generator that `work` returns yields. It is closed when nobody reads any more. Raises `HTTPException`
+        with 503 or 504 if it has to wait too long.
+        """
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
         end = object()

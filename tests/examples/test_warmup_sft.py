@@ -1,13 +1,13 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-import importlib.util
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import DatasetDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, TrlParser
 
 from trl_dro.roles import ROLES, load_role_adapters
 
@@ -16,17 +16,11 @@ from ..test_warmup import conversation
 from ..tiny_models import bpe_tokenizer, tiny_llama
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).resolve().parents[2] / "examples" / "warmup_sft.py"
-    spec = importlib.util.spec_from_file_location("warmup_sft", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "warmup_sft.py"
 
 
 @pytest.mark.parametrize("teacher", ["retriever", "relevant", "rankings.jsonl"])
-def test_both_roles_get_an_adapter_that_training_can_start_from(script, tmp_path, teacher):
+def test_both_roles_get_an_adapter_that_training_can_start_from(tmp_path, monkeypatch, teacher):
     tokenizer = bpe_tokenizer(split_digits=False)
     tiny_llama(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -37,8 +31,9 @@ def test_both_roles_get_an_adapter_that_training_can_start_from(script, tmp_path
     arguments = ["--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "data", "--teacher", teacher]
     arguments += ["--output_dir", tmp_path / "sft", "--num_selected", 2, "--max_candidates", 4, "--max_steps", 1]
     arguments += ["--report_to", "none", "--bf16", "False", "--use_cpu", "True", "--lora_target_modules", "all-linear"]
-    parser = TrlParser((script.WarmUpArguments, SFTConfig, ModelConfig))
-    script.main(*parser.parse_args_and_config([*map(str, arguments), "--save_strategy", "no"]))
+    arguments += ["--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["warmup_sft.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = load_role_adapters(base, tmp_path / "sft" / "selector", tmp_path / "sft" / "generator")
     assert isinstance(model, PeftModel) and set(model.peft_config) == set(ROLES)

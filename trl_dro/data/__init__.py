@@ -3,7 +3,7 @@
 
 from .benchmarks import load_benchmark
 from .corpus import Corpus, open_corpus, read_corpus
-from .files import load_records, read_questions
+from .files import load_records, read_open_questions, read_questions
 from .schema import DatasetError, Document, Message, Record, build_dataset, check_record, validate_dataset
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "load_records",
     "open_corpus",
     "read_corpus",
+    "read_open_questions",
     "read_questions",
     "validate_dataset",
 ]

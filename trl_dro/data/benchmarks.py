@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from .lines import first_line, read_jsonl, require_file
+from .lines import dataset_rows, first_line, read_jsonl, require_file
 from .schema import DatasetError, Document, build_dataset, check_answers, check_question, check_record
 
 
@@ -71,6 +71,9 @@ def load_benchmark(name: str, split: str = "train", source: str | os.PathLike | 
 
     Example:
     ```python
+    # needs MuSiQue's file
+    from trl_dro.data import load_benchmark
+
     questions = load_benchmark("musique", "dev", source="musique_ans_v1.0_dev.jsonl")
     ```
     """
@@ -338,14 +341,14 @@ def _read(name: str, split: str, source: str) -> Iterator[tuple[str, Row]]:
     path = Path(source)
     if path.is_dir():
         loaded = load_from_disk(source)
-        yield from _dataset_rows(_split_of(loaded, split, source), source)
+        yield from dataset_rows(_split_of(loaded, split, source), source)
     elif source.removesuffix(".gz").endswith(".jsonl"):
         yield from read_jsonl(source)
     elif path.suffix == ".json":
         yield from _read_json(source)
     elif path.suffix == ".parquet":
         require_file(source)
-        yield from _dataset_rows(Dataset.from_parquet(source), source)
+        yield from dataset_rows(Dataset.from_parquet(source), source)
     else:
         config = CONFIGS.get(source, {})
         if config and name not in config:
@@ -358,7 +361,7 @@ def _read(name: str, split: str, source: str) -> Iterator[tuple[str, Row]]:
                 f"name and the network, or give a local file: --source FILE, in Python "
                 f'load_benchmark("{name}", "{split}", source=FILE)'
             ) from error
-        yield from _dataset_rows(_split_of(loaded, split, source), source)
+        yield from dataset_rows(_split_of(loaded, split, source), source)
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Row]]:
@@ -382,11 +385,6 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
         if not isinstance(row, dict):
             raise DatasetError(f"{path}, row {number}: is a {type(row).__name__}, not an object; drop it")
         yield f"{path}, row {number}", row
-
-
-def _dataset_rows(dataset: Dataset, source: str) -> Iterator[tuple[str, Row]]:
-    for number, row in enumerate(dataset):
-        yield f"{source}, row {number}", row
 
 
 def _split_of(loaded: Dataset | DatasetDict, split: str, source: str) -> Dataset:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .chunking import DocumentFolder
-from .lines import as_identifier, first_line, read_jsonl, read_tsv, require_file, require_key
+from .lines import as_identifier, dataset_rows, first_line, read_jsonl, read_tsv, require_file, require_key
 from .schema import DatasetError, Document
 from .storage import DEFAULT_CACHE_DIR, build_once, content_key, file_key
 
@@ -42,6 +42,9 @@ class Corpus:
 
     Example:
     ```python
+    # needs DPR's file of passages
+    from trl_dro.data import open_corpus
+
     corpus = open_corpus("psgs_w100.tsv.gz")
     corpus.documents([0, 2])
     ```
@@ -53,7 +56,7 @@ class Corpus:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "Corpus":
-        """A corpus of passages in memory, which are taken as they are."""
+        """A corpus of passages in memory, which are taken as they are. Raises a [`DatasetError`] if there are none."""
         rows = [{"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in documents]
         if not rows:
             raise DatasetError("the corpus has no passages; check the file it was read from")
@@ -71,7 +74,16 @@ class Corpus:
         ]
 
     def rankings(self, positions: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[list[Document]]:
-        """The passages of several rankings, each with its score; a passage is read once for all of them."""
+        """
+        The passages of several rankings, each with its score; a passage is read once for all of them.
+
+        Args:
+            positions (`list[list[int]]`): positions of the passages of each ranking, best first.
+            scores (`list[list[float]]`): their scores.
+
+        Returns:
+            `list[list[Document]]`: in the order of `positions`.
+        """
         unique = sorted({position for ranking in positions for position in ranking})
         documents = dict(zip(unique, self.documents(unique), strict=True))
         return [
@@ -209,7 +221,7 @@ class _Source:
         if self.folder is not None:
             return self.folder.passages(show_progress)
         if self.dataset is not None:
-            return _dataset_rows(self.dataset, self.name)
+            return dataset_rows(self.dataset, self.name)
         form = Path(self.name.removesuffix(".gz")).suffix
         if form == ".parquet":
             return _parquet_rows(self.name)
@@ -247,14 +259,6 @@ def _parquet_rows(path: str) -> Places:
                 row += 1
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path}: cannot be read as Parquet ({first_line(error)}); write it again") from error
-
-
-def _dataset_rows(dataset: Dataset, name: str) -> Places:
-    row = 0
-    for batch in dataset.with_format("arrow").iter(PASSAGES_PER_BATCH):
-        for values in batch.to_pylist():
-            yield f"{name}, row {row}", values
-            row += 1
 
 
 def _load_from_hub(name: str) -> Dataset:

@@ -13,6 +13,7 @@ from .schema import (
     DatasetError,
     build_dataset,
     check_answers,
+    check_documents,
     check_positive_ids,
     check_question,
     check_record,
@@ -45,6 +46,36 @@ def read_questions(path: str | os.PathLike) -> Dataset:
             if "id" in row:
                 row["id"] = as_identifier(row["id"], where)
             yield row
+
+    return build_dataset(questions())
+
+
+def read_open_questions(path: str | os.PathLike) -> Dataset:
+    """Reads questions to be answered, whose answers nobody knows, from a JSON Lines file.
+
+    Args:
+        path (`str` or `os.PathLike`): file with one object per line, with the key `question`, and optionally `id` and
+            `documents`, the candidates in retrieval order.
+
+    Returns:
+        `Dataset`: columns `question`, and those of `id`, `documents` that the first line has.
+
+    Raises:
+        `DatasetError`: the file is missing or empty, or a line is broken; the message names the line and the cure.
+    """
+
+    def questions() -> Iterator[dict[str, Any]]:
+        columns: set[str] = set()
+        for where, row in read_jsonl(path):
+            require_key(row, "question", where)
+            check_question(row["question"], where)
+            columns = columns or {"question", *({"id", "documents"} & row.keys())}
+            if "documents" in columns:
+                require_key(row, "documents", where)
+                check_documents(row["documents"], where, num_selected=1)
+            if "id" in columns:
+                row["id"] = as_identifier(row["id"], where) if "id" in row else None
+            yield {column: row[column] for column in columns}
 
     return build_dataset(questions())
 

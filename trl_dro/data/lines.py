@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Lines of plain or gzipped text files and what they hold, with the place of each for error messages."""
+"""Lines of plain or gzipped text files and rows of datasets, with the place of each for error messages."""
 
 import csv
 import gzip
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .schema import DatasetError
@@ -69,7 +70,12 @@ def read_lines(path: str | os.PathLike, show_progress: bool = False) -> Iterator
 
 
 def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place (`"FILE, line N"`) and the object of each line of a JSON Lines file that is not blank."""
+    """
+    Yields the place (`"FILE, line N"`, from 1) and the object of each line of a JSON Lines file that is not blank.
+
+    Raises:
+        `DatasetError`: a line is no object, the file has none, or it cannot be read, see [`read_lines`].
+    """
     is_empty = True
     for number, text in read_lines(path, show_progress):
         if not text.strip():
@@ -91,7 +97,12 @@ def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator
 
 
 def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place and the columns of each row of a file of tab-separated values whose first line names them."""
+    """
+    Yields the place and the columns of each row of a file of tab-separated values whose first line names them.
+
+    Raises:
+        `DatasetError`: a row has other columns, the file has none, or it cannot be read, see [`read_lines`].
+    """
     reader = csv.reader((text for _, text in read_lines(path, show_progress)), delimiter="\t")
     columns = next(reader, [])
     is_empty = True
@@ -118,6 +129,15 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
         )
 
 
+def dataset_rows(dataset: Dataset, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place (`"NAME, row N"`, from 0) and the values of each row of a dataset."""
+    row = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        for values in batch.to_pylist():
+            yield f"{name}, row {row}", values
+            row += 1
+
+
 def require_key(row: dict[str, Any], key: str, where: str) -> None:
     """Raises a [`DatasetError`] that lists the keys of an object which lacks one."""
     if key not in row:
@@ -125,7 +145,7 @@ def require_key(row: dict[str, Any], key: str, where: str) -> None:
 
 
 def as_identifier(value: Any, where: str) -> str:
-    """An id as a string; whole numbers are taken too."""
+    """An id as a string; whole numbers are taken too, and anything else raises a [`DatasetError`]."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DatasetError(f"{where}, key id: must be a string or a whole number, not {value!r}; write one")
     return str(value)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Folders named by what they were made from, that are whole or not there."""
+"""Files and folders that are whole or not there, the latter named by what they were made from."""
 
 import hashlib
 import json
@@ -29,6 +29,13 @@ def file_key(path: str | os.PathLike) -> str:
     """Key of the bytes of a file, wherever it lies and whatever it is called."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, over an older one if there is one, so that a reader or a kill never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class DROCompressor(BaseDocumentCompressor):
     Example:
 
     ```python
+    # needs langchain-classic, and a retriever of yours
     from langchain_classic.retrievers import ContextualCompressionRetriever
     from trl_dro import RAGPipeline
     from trl_dro.integrations.langchain import DROCompressor

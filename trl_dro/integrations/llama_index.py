@@ -27,6 +27,7 @@ class DROPostprocessor(BaseNodePostprocessor):
     Example:
 
     ```python
+    # needs an index of yours
     from trl_dro import RAGPipeline
     from trl_dro.integrations.llama_index import DROPostprocessor
 

@@ -41,7 +41,7 @@ class DRORanker(BaseRanker):
         self.title_key = title_key
 
     def score(self, query: str, doc: str) -> float:
-        """Not defined: a listwise selector compares documents with each other."""
+        """Raises `ValueError`: a listwise selector compares documents with each other."""
         raise ValueError("a listwise selector has no score for a single document: use rank")
 
     def rank(

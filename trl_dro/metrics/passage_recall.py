@@ -24,6 +24,9 @@ class PassageRecall(evaluate.Metric):
     (`list[list[str]]`), and optionally `ks` (`list[int]`, defaults to `[1, 3, 5]`) and `per_example=True`. It returns
     `recall@k` for each k, from 0 to 1, and, if asked for, `recall@k_per_example`.
 
+    Raises:
+        `ValueError`: there is no such configuration.
+
     Example:
 
     ```python

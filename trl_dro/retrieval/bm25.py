@@ -49,6 +49,10 @@ class BM25Retriever:
 
     Example:
     ```python
+    # needs DPR's file of passages
+    from trl_dro.data import open_corpus
+    from trl_dro.retrieval import BM25Retriever
+
     retriever = BM25Retriever()
     retriever.index(open_corpus("psgs_w100.tsv.gz"), "indexes")
     [documents] = retriever.search(["who wrote the origin of species"], k=20)

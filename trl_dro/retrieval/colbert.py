@@ -41,6 +41,10 @@ class ColBERTRetriever:
 
     Example:
     ```python
+    # needs DPR's file of passages, and ColBERTv2 from the Hub
+    from trl_dro.data import open_corpus
+    from trl_dro.retrieval import ColBERTRetriever
+
     retriever = ColBERTRetriever()
     retriever.index(open_corpus("psgs_w100.tsv.gz"), "indexes")
     [documents] = retriever.search(["who wrote the origin of species"], k=20)

@@ -40,6 +40,10 @@ class DenseRetriever:
 
     Example:
     ```python
+    # needs the model from the Hub
+    from trl_dro.data import open_corpus
+    from trl_dro.retrieval import DenseRetriever
+
     retriever = DenseRetriever("sentence-transformers/all-MiniLM-L6-v2")
     retriever.index(open_corpus("corpus.jsonl"), "indexes")
     [documents] = retriever.search(["who wrote the origin of species"], k=20)

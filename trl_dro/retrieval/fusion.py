@@ -53,8 +53,12 @@ class HybridRetriever:
 
     Example:
     ```python
+    # needs the model from the Hub
+    from trl_dro.data import open_corpus
+    from trl_dro.retrieval import BM25Retriever, DenseRetriever, HybridRetriever
+
     retriever = HybridRetriever([BM25Retriever(), DenseRetriever("BAAI/bge-base-en-v1.5")])
-    retriever.index(corpus, "indexes")
+    retriever.index(open_corpus("corpus.jsonl"), "indexes")
     ```
     """
 
@@ -96,6 +100,10 @@ class PrecomputedRetriever:
 
     Example:
     ```python
+    # needs MuSiQue's file
+    from trl_dro.data import load_benchmark
+    from trl_dro.retrieval import PrecomputedRetriever
+
     questions = load_benchmark("musique", "dev", source="musique_ans_v1.0_dev.jsonl")
     retriever = PrecomputedRetriever(questions)
     ```

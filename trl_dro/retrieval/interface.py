@@ -31,7 +31,13 @@ class Retriever(Protocol):
 
 
 def require_corpus(corpus: Corpus | None, k: int) -> Corpus:
-    """The corpus that was indexed, if `k` passages can be retrieved from it."""
+    """
+    The corpus that was indexed, if `k` passages can be retrieved from it.
+
+    Raises:
+        `DatasetError`: the corpus has fewer than `k` passages, or `k` is below 1.
+        `ValueError`: nothing is indexed yet.
+    """
     if corpus is None:
         raise ValueError("nothing is indexed yet; call index(corpus, folder) before search")
     if not 1 <= k <= len(corpus):
@@ -51,6 +57,9 @@ def checkpoint_key(name_or_path: str, file: str = "config.json") -> str:
     """
     Key of a checkpoint: the content of its files where it is a folder, the commit where it is on the Hub, so that an
     index made with other weights is never reused. `file` is one that checkpoints of this kind have.
+
+    Raises:
+        `DatasetError`: there is no such checkpoint.
     """
     folder = Path(name_or_path)
     if folder.is_dir():

@@ -34,7 +34,7 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
     """Gives every question its candidate documents, in memory, with a progress bar.
 
     Args:
-        questions (`Dataset`): columns `question`, `answers` and, optionally, `id` and `positive_ids`, which are kept;
+        questions (`Dataset`): column `question` and, optionally, `id`, `answers` and `positive_ids`, which are kept;
             see [`~data.files.read_questions`].
         retriever ([`Retriever`]): object with `search(queries, k)`, e.g. [`BM25Retriever`].
         k (`int`, *optional*, defaults to `20`): number of candidates per question.
@@ -49,11 +49,14 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
 
     Example:
     ```python
+    from trl_dro.data import read_corpus, read_questions
+    from trl_dro.retrieval import BM25Retriever, retrieve_candidates
+
     retriever = BM25Retriever(read_corpus("corpus.jsonl"))
     dataset = retrieve_candidates(read_questions("train.jsonl"), retriever, k=20)
     ```
     """
-    require_columns(questions, ("question", "answers"), "questions")
+    require_columns(questions, ("question",), "questions")
 
     def records() -> Iterator[dict[str, Any]]:
         with tqdm(total=len(questions), desc=f"Retrieving top {k}", unit="question") as progress:
@@ -105,6 +108,10 @@ def retrieve_to_folder(
 
     Example:
     ```python
+    # needs DPR's file of passages, and the questions from the Hub
+    from trl_dro.data import load_benchmark, open_corpus
+    from trl_dro.retrieval import BM25Retriever, retrieve_to_folder
+
     corpus = open_corpus("psgs_w100.tsv.gz")
     dataset = retrieve_to_folder(load_benchmark("nq", "train"), BM25Retriever(), corpus, "nq-top20")
     ```
