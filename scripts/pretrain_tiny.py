@@ -295,9 +295,7 @@ class Skills:
         row.add(self.encode(prompt), completion, [1.0] * len(completion), f"Reply, {question.skill}", pointer)
         return row
 
-    def passages(
-        self, n: int
-    ) -> tuple[list[tuple[str, str]], Callable[[], Question]]:
+    def passages(self, n: int) -> tuple[list[tuple[str, str]], Callable[[], Question]]:
         """Titles and texts, and a function that draws a question."""
         rng = self.rng
         subjects = [self.entity() for _ in range(max(1, round(n * (1 - self.hardness)), n // 8))]
