@@ -51,6 +51,7 @@ DEMO_PROMPTS = {
     "selector_template": SELECTOR_TEMPLATE,
     "generator_template": GENERATOR_TEMPLATE,
 }
+WARMUP_QUESTIONS = 240
 DEMO_ARGUMENTS = (
     "--output_dir outputs/grpo_selector --max_steps 20 --learning_rate 1e-3 --per_device_train_batch_size 128 "
     "--num_generations 8 --max_completion_length 6 --beta 0 --report_to none --save_strategy no --bf16 False "
@@ -86,10 +87,13 @@ def load(args: SystemArguments, folder: Path, seed: int) -> tuple[str, dict, Dat
         splits = (args.dataset_train_split, args.dataset_test_split)
         train_dataset, eval_dataset = (load_records(args.dataset_name, split) for split in splits)
         return args.system, {}, train_dataset, eval_dataset
-    train_dataset, eval_dataset = synthetic_world(560, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"])
+    train_dataset, eval_dataset = synthetic_world(
+        WARMUP_QUESTIONS + 320, 200, seed, num_documents=DEMO_PROMPTS["max_candidates"]
+    )
     demo_args = DROConfig(str(folder), use_cpu=True, bf16=False, seed=seed, report_to="none", **DEMO_PROMPTS)
-    warm_up(WorldArguments(), demo_args, lora(), train_dataset.select(range(240)).to_list())
-    return str(folder / "warm_start"), DEMO_PROMPTS, train_dataset.select(range(240, 560)), eval_dataset
+    warm_up(WorldArguments(), demo_args, lora(), train_dataset.select(range(WARMUP_QUESTIONS)).to_list())
+    train_dataset = train_dataset.select(range(WARMUP_QUESTIONS, len(train_dataset)))
+    return str(folder / "warm_start"), DEMO_PROMPTS, train_dataset, eval_dataset
 
 
 def lora() -> LoraConfig:

@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ..test_faults import make_trainer
 @pytest.fixture(scope="module")
 def script():
     path = Path(__file__).resolve().parents[2] / "examples" / "grpo_selector.py"
+    sys.path.insert(0, str(path.parent))  # as where Python runs it, beside the demo
     spec = importlib.util.spec_from_file_location("grpo_selector", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,6 +33,7 @@ def train(script, folder, *more):
 
 
 def test_both_trainers_train_the_demos_selector_and_are_compared(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "WARMUP_QUESTIONS", 2)
     monkeypatch.setattr(script, "synthetic_world", lambda *a, **k: (make_dataset(6, 10), make_dataset(3, 10)))
     train(script, tmp_path)
     output = capsys.readouterr().out
