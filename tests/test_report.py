@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import importlib
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -256,10 +256,12 @@ def test_evaluations_that_are_not_finished_or_damaged_are_refused(run, results, 
     assert not (run / "report").exists()
 
 
-def test_without_matplotlib_the_extra_is_named():
-    code = "import sys; sys.modules['matplotlib'] = None; import trl_dro.report"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "the report needs matplotlib: pip install 'trl_dro[plots]'" in result.stderr
+@pytest.mark.parametrize("module, package", [("report_figures", "matplotlib"), ("report", "jinja2")])
+def test_without_a_package_of_the_extra_the_extra_is_named(monkeypatch, module, package):
+    monkeypatch.delitem(sys.modules, f"trl_dro.{module}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"the report needs {package}: pip install 'trl_dro\[plots\]'"):
+        importlib.import_module(f"trl_dro.{module}")
 
 
 def test_a_real_run_and_its_evaluation_give_every_section(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import urllib.request
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
@@ -79,13 +80,14 @@ def download(revision):
         with torch.no_grad():
             difference = plain(prompt).logits - pipe.rag.roles.forward(role, input_ids=prompt).logits
         results[f"plain {role}"] = difference.abs().max().item()
-    cut(2)
-    results["cut twice"] = ask(RAGPipeline.from_pretrained("me/cut-twice-dro", options=options))
-    cut(10**6)
-    try:
-        RAGPipeline.from_pretrained("me/cut-always-dro", options=options)
-    except ValueError as error:
-        results["cut always"] = str(error)
+    with patch("time.sleep"):  # what is waited before every other try
+        cut(2)
+        results["cut twice"] = ask(RAGPipeline.from_pretrained("me/cut-twice-dro", options=options))
+        cut(10**6)
+        try:
+            RAGPipeline.from_pretrained("me/cut-always-dro", options=options)
+        except ValueError as error:
+            results["cut always"] = str(error)
     cut(0)
     results["cut no more"] = ask(RAGPipeline.from_pretrained("me/cut-always-dro", options=options))
     return results

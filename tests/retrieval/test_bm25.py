@@ -103,8 +103,8 @@ def test_any_object_with_search_is_a_retriever():
 
 
 def test_wrongly_named_column_is_refused_with_the_renaming(retriever):
-    questions = Dataset.from_list([{"question": "who?", "golden_answers": ["she"]}])
-    with pytest.raises(DatasetError, match=r'rename_column\("golden_answers", "answers"\)'):
+    questions = Dataset.from_list([{"query": "who?", "answers": ["she"]}])
+    with pytest.raises(DatasetError, match=r'rename_column\("query", "question"\)'):
         retrieve_candidates(questions, retriever, k=2)
 
 
