@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig
 
 from trl_dro import DROConfig, DROTrainer, cost
@@ -158,6 +159,18 @@ def test_only_trained_roles_need_gradients_and_buckets_come_with_processes():
     assert cost.training_bytes(both, "adamw_torch_fused", num_processes=2)["buckets"] == alone["gradients"]
     smaller = [cost.training_bytes(both, optim)["optimizer"] for optim in ("lion_32bit", "adafactor", "sgd")]
     assert smaller == sorted(smaller, reverse=True) and smaller[0] == alone["gradients"] and smaller[-1] == 0
+
+
+def test_operations_of_a_forward_are_those_that_torch_counts():
+    model = tiny_llama(TOKENIZER, **SIZES)
+    model.set_attn_implementation("eager")
+    tokens = torch.ones(2, 96, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(tokens, use_cache=False)
+    weights = sum(each.numel() for each in model.model.layers.parameters())
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(
+        cost.flops_per_token(cost.Shape.of(model.config), weights, 96), rel=0.01
+    )
 
 
 def test_work_follows_the_table_of_the_cost_model():

@@ -5,7 +5,7 @@ from peft import LoraConfig
 
 from trl_dro import DROConfig
 from trl_dro.loading import check_inputs
-from trl_dro.plan import Lengths, Models, make_plan
+from trl_dro.plan import Lengths, Models, _count_steps, make_plan
 from trl_dro.rag_model import RAGModel
 
 from .test_cost import make_questions
@@ -58,6 +58,15 @@ def test_updates_and_e_steps_are_counted(tmp_path, settings, num_processes, upda
     shown = rows(config(tmp_path, **settings), num_processes=num_processes)
     assert shown["run"] == f"{updates} updates, {blocks} E-steps"
     assert shown["questions"] == "20 to train on, 5 to evaluate on"
+
+
+@pytest.mark.parametrize(
+    "settings, visits",
+    [({"num_train_epochs": 3}, 60), ({"num_train_epochs": 1, "maximization_epochs": 2}, 40), ({"max_steps": 2}, 8)],
+)
+def test_work_of_a_run_is_that_of_every_visit_to_a_question(tmp_path, settings, visits):
+    args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **settings)
+    assert _count_steps(args, 20, 1)[2] == visits
 
 
 def test_a_run_of_unknown_length_has_the_work_of_an_update_alone(tmp_path):
