@@ -84,7 +84,7 @@ class Size:
     iterations: int = 5
     num_train: int = 2000
     num_eval: int = 150
-    warmup_questions: int = 480
+    warmup_questions: int = 240
     repeats: int = 8  # of the gradient, to see its variance
 
     @property
@@ -108,6 +108,7 @@ class Setting:
         dro (`dict`): what differs in [`DROConfig`].
         two_hop (`bool`): whether the questions need two passages.
         num_candidates (`int`, *optional*): if not the size's.
+        num_selected (`int`, *optional*): if not the size's.
         retrieved_share (`float`): share of a longer list that the retriever finds.
         shuffled_candidates (`bool`): whether held-out candidates are shown in random order, where a selector that
             always writes the same ids has the recall of chance and not the retriever's.
@@ -123,6 +124,7 @@ class Setting:
     dro: dict[str, Any] = field(default_factory=dict)
     two_hop: bool = False
     num_candidates: int | None = None
+    num_selected: int | None = None
     retrieved_share: float = 1.0
     shuffled_candidates: bool = False
     shuffled_answers: bool = False
@@ -146,6 +148,12 @@ class Setting:
 def all_experiments(size: Size) -> dict[str, list[Setting]]:
     """Settings by experiment. The others are compared with the first of each."""
     twice = 2 * size.num_candidates
+    two_hop: dict[str, Any] = {
+        "two_hop": True,
+        "num_candidates": 6,
+        "num_selected": 2,
+        "dro": {"num_permutations": 8},
+    }
     return {
         "iterations": [
             Setting("joint"),
@@ -172,8 +180,8 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("E-step per iteration (Algorithm 1)", dro={"steps_per_estimation": size.updates}),
         ],
         "scoring": [
-            Setting("permutations, two-hop", two_hop=True),
-            Setting("each document alone, two-hop", DocumentwiseTrainer, two_hop=True),
+            Setting("permutations, two-hop", **two_hop),
+            Setting("each document alone, two-hop", DocumentwiseTrainer, **two_hop),
             Setting("permutations, single-hop"),
             Setting("each document alone, single-hop", DocumentwiseTrainer),
         ],
@@ -231,18 +239,28 @@ def load_world(
     size: Size, world_seed: int, two_hop: bool, num_candidates: int, retrieved_share: float, shuffled: bool
 ) -> tuple[Dataset, Dataset]:
     """
-    Training and evaluation questions with `num_candidates` candidates. Those of two-hop questions are both passages
-    that are needed and others of BM25's first `TWO_HOP_DEPTH`, whose first 20 have both for less than half of them.
+    Training and evaluation questions with `num_candidates` candidates.
+
+    Those of two-hop questions are both passages that are needed, and others of BM25's first `TWO_HOP_DEPTH`: half as
+    many as all candidates that resemble the second passage most, and the rest at random. The former say the same of
+    others of one nationality, so that only the first passage tells which of them is asked for. The retriever's best
+    stand last: the tiny model follows a name back to a passage before, seldom to one that is yet to come.
     """
     retrieved = TWO_HOP_DEPTH if two_hop else round(num_candidates / retrieved_share)
     rng = random.Random(world_seed)
 
     def choose(record: dict[str, Any]) -> dict[str, Any]:
-        needed = record["positive_ids"] if two_hop else []
-        shown = [rank for rank, document in enumerate(record["documents"]) if document["id"] in needed]
+        documents, shown = record["documents"], []
+        if two_hop:
+            ids = [document["id"] for document in documents]
+            needed = [ids.index(passage) for passage in record["positive_ids"]]
+            words = [set(document["text"].lower().split()) for document in documents]
+            others = rng.sample([rank for rank in range(retrieved) if rank not in needed], retrieved - 2)
+            others.sort(key=lambda rank: len(words[rank] & words[needed[1]]), reverse=True)
+            shown = needed + others[: num_candidates // 2]
         others = [rank for rank in range(retrieved) if rank not in shown]
-        ranks = sorted(shown + rng.sample(others, num_candidates - len(shown)))
-        return {**record, "documents": [record["documents"][rank] for rank in ranks]}
+        ranks = sorted(shown + rng.sample(others, num_candidates - len(shown)), reverse=two_hop)
+        return {**record, "documents": [documents[rank] for rank in ranks]}
 
     def is_answerable(record: dict[str, Any]) -> bool:
         return not two_hop or set(record["positive_ids"]) <= {document["id"] for document in record["documents"]}
@@ -274,6 +292,7 @@ class Run:
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
         self.num_candidates = self.setting.num_candidates or self.size.num_candidates
+        self.num_selected = self.setting.num_selected or self.size.num_selected
         self.world = self.setting.world(self.size, self.world_seed)
         self.train_dataset, self.eval_dataset = load_world(*self.world)
 
@@ -310,7 +329,7 @@ class Run:
         settings = of_recipe(DROConfig) | {
             "output_dir": folder,
             "max_candidates": self.num_candidates,
-            "num_selected": size.num_selected,
+            "num_selected": self.num_selected,
             "num_permutations": size.num_permutations,
             "per_device_train_batch_size": size.batch_size,
             "max_steps": size.max_steps,
@@ -348,7 +367,7 @@ class Run:
         """Folder with both adapters, made once for all settings that can share it."""
         setting, size = self.setting, self.size
         key = digest(
-            [setting.selector_warmup, setting.dropped_layers],
+            [setting.selector_warmup, setting.dropped_layers, self.num_selected],
             [asdict(size), RECIPE, model_digest(), data_digest(*self.world), self.seed],
         )
         folder = self.out / "warm_starts" / key
@@ -369,9 +388,9 @@ class Run:
     def examples(self, records: list[dict[str, Any]], teacher: str, seed: int) -> dict[Role, Dataset]:
         """Training sets for SFT: permutations of a teacher, and answers from the retriever's first documents."""
         prompts = {
-            role: PromptBuilder(self.tokenizer, RECIPE[f"{role}_template"], self.size.num_selected) for role in ROLES
+            role: PromptBuilder(self.tokenizer, RECIPE[f"{role}_template"], self.num_selected) for role in ROLES
         }
-        codec = PermutationCodec(self.tokenizer, self.num_candidates, self.size.num_selected)
+        codec = PermutationCodec(self.tokenizer, self.num_candidates, self.num_selected)
         ranked = [answers_first(record) for record in records] if teacher == "answer" else records
         noise = RANK_NOISE if teacher == "noisy retriever" else 0.0
         return {

@@ -5,6 +5,7 @@ the invented world of `trl_dro.data.synthetic` does not have:
 
 - *rank*: write the ids of the passages that answer a question, best first, of one hop or two;
 - *mention*: write the id of the passage that mentions a name and two words, of any meaning;
+- *follow*: write the id of the passage about whom a given one names;
 - *cite*: write the id of the passage that answers a question, then the answer;
 - *reply*: answer a question that stands before the passages and behind them.
 
@@ -27,7 +28,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +77,7 @@ FILLERS = "and or with near under over after before while also often never then 
 
 MAX_ID = 20
 POINTER_LAYERS = 4  # after which the model is to know which passage to look at
+CHAINS_FROM = 0.5  # share of the training after which pairs of passages are practised most
 SHARPNESS = 2.5  # of the attention that training starts with
 GAIN = 0.25  # of what its heads pass on
 
@@ -88,9 +90,12 @@ class Row(NamedTuple):
     answers: list[tuple[str, int, int]]  # skill, and where the part of the answer that counts fully begins and ends
     pointers: list[tuple[int, int]]  # where an answer is about to begin, and the id of the passage to look at
 
-    def add(self, prompt: list[int], completion: list[int], counts: list[float], skill: str, pointer: int) -> None:
+    def add(
+        self, prompt: list[int], completion: list[int], counts: list[float], skill: str, pointers: dict[int, int]
+    ) -> None:
+        """`pointers` has the id to look at before a token of the completion is written."""
         start = len(self.tokens) + len(prompt)
-        self.pointers.append((start - 1, pointer))
+        self.pointers.extend((start + i - 1, pointer) for i, pointer in pointers.items())
         span = [start + i for i, count in enumerate(counts) if count == 1.0]
         self.answers.append((skill, span[0], span[-1] + 1))
         self.tokens.extend([*prompt, *completion])
@@ -98,12 +103,15 @@ class Row(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked, the passages that are needed, and the answer, which a question that only mentions has not."""
+    """
+    What is asked, the passages that are needed, and the answer, where there is one. A question that follows has no
+    text but the id of the passage that it follows.
+    """
 
     skill: str
     text: str
     passages: list[int]
-    answer: str
+    answer: str = ""
 
 
 # Tokenizer
@@ -121,7 +129,7 @@ def train_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
     for _ in range(300):
         for stem in STEMS:
             texts.append(f" {stem}ed by {stem}{rng.choice(NOUN_SUFFIXES)}{rng.choice(TRAILERS)}")
-    texts += ["Rank: Reply: Cite:", "Which passages mention?", " ".join(FILLERS)] * 1000
+    texts += ["Rank: Reply: Cite: Follow:", "Which passages mention?", " ".join(FILLERS)] * 1000
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -171,6 +179,10 @@ class Skills:
             kind: draw_entities(random.Random(0), kind, size, "pretrain")
             for kind, size in {"person": 3000, "place": 1000, "work": 2000, "organisation": 1000}.items()
         }
+        self.namesakes: dict[str, list[Entity]] = defaultdict(list)  # by each word of the name
+        for entity in (entity for entities in self.entities.values() for entity in entities):
+            for word in entity.name.split():
+                self.namesakes[word].append(entity)
         used = [word for r in synthetic.RELATIONS for word in (r.participle, *r.noun.split())]
         made = [f"{stem}{suffix}" for stem in STEMS for suffix in ("ed", "er", "ing")]
         names = [word for entities in self.entities.values() for e in entities[:200] for word in e.name.split()]
@@ -196,6 +208,7 @@ class Skills:
         self.id_token = {i: tokenizer.convert_tokens_to_ids(f"[{i}]") for i in range(1, MAX_ID + 1)}
         self.separator = tokenizer.convert_tokens_to_ids(" > ")
         self.hardness = 0.1  # share of the other passages that resemble the right one
+        self.practises_chains = False  # nearly all passages have pairs for two hops, and few other questions
         self.end = tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -210,12 +223,9 @@ class Skills:
 
     def namesake(self, entity: Entity) -> Entity:
         """Another entity that shares a word of the name, where names have two words."""
-        first, *rest = entity.name.split()
-        other = self.entity(entity.kind).name.split()
-        if not rest:
-            return self.entity(entity.kind)
-        name = f"{first} {other[-1]}" if self.rng.random() < 0.5 else f"{other[0]} {' '.join(rest)}"
-        return Entity(entity.kind, name, draw_description(self.rng, entity.kind))
+        word = self.rng.choice(entity.name.split())
+        other = self.rng.choice(self.namesakes[word]) if " " in entity.name else self.entity(entity.kind)
+        return replace(other, description=draw_description(self.rng, entity.kind))
 
     def relation(self, subject: str | None = None, value: str | None = None) -> Relation:
         rng = self.rng
@@ -239,30 +249,33 @@ class Skills:
 
     # Rows
 
-    def drawn_passages(self, n: int) -> tuple[str, list[tuple[str, str]], dict[int, int], Callable[[], Question]]:
-        """Text of `n` passages in random order, their titles and texts, the id of each, and a function that draws
-        questions about them."""
-        passages, draw_question = self.passages(n)
+    def drawn_passages(self, n: int) -> tuple[str, list[tuple[str, str]], dict[int, int], list[Question]]:
+        """Text of `n` passages in random order, their titles and texts, the id of each, and questions about them."""
+        passages, questions = self.passages(n)
         # Ids from the whole range, so that the ones of long lists are known before such lists come.
         ids = list(range(1, n + 1)) if self.rng.random() < 0.3 else self.rng.sample(range(1, MAX_ID + 1), n)
         order = self.rng.sample(range(n), n)
         id_of = dict(zip(order, ids, strict=True))
         block = "\n".join(f"[{id_of[i]}] {passages[i][0]}\n{passages[i][1]}" for i in order)
-        return block, passages, id_of, draw_question
+        return block, passages, id_of, questions
 
     def selecting(self, n: int) -> Row:
         """Passages and several questions, answered with ids, or with the id of the passage and what it says."""
         rng = self.rng
-        block, passages, id_of, draw_question = self.drawn_passages(n)
+        block, passages, id_of, questions = self.drawn_passages(n)
         row = Row([], [], [], [])
-        for number in range(min(8, 2 * n)):
-            question = draw_question()
+        for number, question in enumerate(questions[:8]):
             gold = question.passages
             others = [i for i in range(n) if i not in gold]
-            cites = question.answer and rng.random() < (0.4 if n <= 6 else 0.1)
-            if cites:
+            text, task = question.text, "Rank"
+            if question.skill == "follow":
+                text, task = f"[{id_of[gold[0]]}]", "Follow"
+                completion, pointers = [self.id_token[id_of[gold[1]]], self.end], {0: gold[1]}
+                counts = [1.0, 0.02]
+            elif question.answer and rng.random() < (0.4 if n <= 6 else 0.1):
+                task = "Cite"
                 completion = [self.id_token[id_of[gold[-1]]], *self.encode(question.answer), self.end]
-                counts = [1.0] * len(completion)
+                counts, pointers = [1.0] * len(completion), {0: gold[-1]}
             else:
                 alike = [i for i in others if passages[i][0] == passages[gold[0]][0]]
                 ranking = list(dict.fromkeys([*gold, *alike, *rng.sample(others, len(others))]))
@@ -270,33 +283,37 @@ class Skills:
                 completion = [token for i in ranking for token in (self.id_token[id_of[i]], self.separator)]
                 completion[-1] = self.end
                 counts = [weight for i in ranking for weight in (1.0 if i in gold else 0.05, 0.02)]
-            task = "Cite" if cites else "Rank"
-            prompt = f"{task}: {question.text}<|end|><|assistant|>"
+                pointers = {2 * i: passage for i, passage in enumerate(gold)}
+            prompt = f"{task}: {text}<|end|><|assistant|>"
             row.add(
                 self.encode(f"<|user|>{prompt}" if number else f"<|user|>{block}\n{prompt}"),
                 completion,
                 counts,
                 f"{task}, {question.skill}",
-                self.id_token[id_of[gold[-1 if cites else 0]]],
+                {at: self.id_token[id_of[passage]] for at, passage in pointers.items()},
             )
         return row
 
     def reading(self, n: int) -> Row:
         """A question, passages, the question again, and its answer."""
         while True:
-            block, _, id_of, draw_question = self.drawn_passages(n)
-            question = draw_question()
-            if question.answer:
+            block, _, id_of, questions = self.drawn_passages(n)
+            answered = [question for question in questions if question.answer]
+            if answered:
                 break
+        question = answered[0]
         prompt = f"<|user|>Reply: {question.text}\n{block}\nReply: {question.text}<|end|><|assistant|>"
         completion = [*self.encode(question.answer), self.end]
         row = Row([], [], [], [])
-        pointer = self.id_token[id_of[question.passages[-1]]]
-        row.add(self.encode(prompt), completion, [1.0] * len(completion), f"Reply, {question.skill}", pointer)
+        pointers = {0: self.id_token[id_of[question.passages[-1]]]}
+        row.add(self.encode(prompt), completion, [1.0] * len(completion), f"Reply, {question.skill}", pointers)
         return row
 
-    def passages(self, n: int) -> tuple[list[tuple[str, str]], Callable[[], Question]]:
-        """Titles and texts, and a function that draws a question."""
+    def passages(self, n: int) -> tuple[list[tuple[str, str]], list[Question]]:
+        """
+        Titles and texts, and questions. No two ask for the same passages, or the second could be answered by copying
+        the answer to the first.
+        """
         rng = self.rng
         subjects = [self.entity() for _ in range(max(1, round(n * (1 - self.hardness)), n // 8))]
         facts: list[Fact | None] = []
@@ -318,52 +335,77 @@ class Skills:
                 else:
                     other = self.entity()
                     facts.append(self.fact(other, self.relation(other.kind), known.subject))
-        chain = n >= 3 and self.hardness >= 0.4 and rng.random() < 0.4
-        if chain:
-            self.chain(facts)
+        num_chains = 0
+        if n >= 3 and self.hardness >= 0.4 and rng.random() < (0.9 if self.practises_chains else 0.5):
+            num_chains = rng.randint(1, max(1, n // 3))
+            self.chain(facts, num_chains)
         passages = [self.document(fact) if fact else self.random_words(subjects) for fact in facts]
-        known_facts = [i for i, fact in enumerate(facts) if fact]
 
-        def question() -> Question:
-            if chain:
-                first, second = facts[0], facts[1]
-                nationality = second.subject.description.split()[1]
-                bridge = f"the {nationality} {first.relation.noun} of {first.subject.name}"
-                text = ask(rng, second.relation, bridge, second.uses_noun ^ (rng.random() < 0.3))
-                return Question("2 hops", text, [0, 1], second.value.name)
-            if rng.random() < 0.15:
-                # Of all passages, those without meaning are asked for most.
-                meaningless = [i for i, fact in enumerate(facts) if not fact] or range(n)
-                i = rng.choice(meaningless) if rng.random() < 0.7 else rng.randrange(n)
-                words = [word for word in passages[i][1].strip(".").split() if word[0].isupper() or len(word) > 4]
-                words = [
-                    rng.choice(self.forms[self.stem_of.get(word, word)] or [word])
-                    for word in rng.sample(words, min(len(words), 2))
-                ]
-                words.insert(rng.randrange(len(words) + 1), passages[i][0])
-                return Question("mention", " ".join(words), [i], "")
-            i = rng.choice(known_facts)
-            use_noun = facts[i].uses_noun ^ (rng.random() < 0.7)
-            text = ask(rng, facts[i].relation, facts[i].subject.name, use_noun)
-            return Question("1 hop", text, [i], facts[i].value.name)
+        hops = [self.two_hops(facts, 2 * chain) for chain in range(num_chains)]
+        others = [
+            self.mention(passages, i) if fact is None or rng.random() < 0.05 else self.one_hop(fact, i)
+            for i, fact in enumerate(facts)
+        ]
+        rng.shuffle(others)
+        questions = hops + others[: 2 if self.practises_chains else max(0, 8 - len(hops))]
+        if rng.random() < 0.5:
+            rng.shuffle(questions)
+        return passages, questions
 
-        return passages, question
+    def one_hop(self, fact: Fact, i: int) -> Question:
+        text = ask(self.rng, fact.relation, fact.subject.name, fact.uses_noun ^ (self.rng.random() < 0.7))
+        return Question("1 hop", text, [i], fact.value.name)
 
-    def chain(self, facts: list[Fact | None]) -> None:
-        """Two facts of which the second is about the first's value, and others that resemble the second."""
-        subject, person = self.entity(self.rng.choice(["work", "place", "organisation"])), self.entity("person")
-        nationality = person.description.split()[1]
-        relation = self.relation("person")
-        facts[0] = self.fact(subject, self.relation(subject.kind, "person"), person)
-        facts[1] = self.fact(person, relation, is_described=True)
-        for i in range(2, len(facts)):
-            draw = self.rng.random()
+    def two_hops(self, facts: list[Fact | None], i: int) -> Question:
+        """About the value of passage `i`, which passage `i + 1` is about."""
+        first, second = facts[i : i + 2]
+        if self.rng.random() < 0.25:
+            return Question("follow", "", [i, i + 1])
+        nationality = second.subject.description.split()[1]
+        bridge = f"the {nationality} {first.relation.noun} of {first.subject.name}"
+        text = ask(self.rng, second.relation, bridge, second.uses_noun ^ (self.rng.random() < 0.3))
+        return Question("2 hops", text, [i, i + 1], second.value.name)
+
+    def mention(self, passages: list[tuple[str, str]], i: int) -> Question:
+        """Title and two words of passage `i`, in whatever form."""
+        title, text = passages[i]
+        words = [word for word in text.strip(".").split() if word[0].isupper() or len(word) > 4]
+        words = [
+            self.rng.choice(self.forms[self.stem_of.get(word, word)] or [word])
+            for word in self.rng.sample(words, min(len(words), 2))
+        ]
+        words.insert(self.rng.randrange(len(words) + 1), title)
+        return Question("mention", " ".join(words), [i])
+
+    def chain(self, facts: list[Fact | None], num_chains: int) -> None:
+        """
+        Pairs of facts of which the second is about the first's value, and others. What is said of these persons, and
+        of more, is alike, so that only the first fact tells which is meant.
+        """
+        rng = self.rng
+        nationality, relation = rng.choice(synthetic.NATIONALITIES), self.relation("person")
+
+        def compatriot() -> Entity:
+            return replace(self.entity("person"), description=f"the {nationality} {rng.choice(synthetic.PROFESSIONS)}")
+
+        subjects, persons = [], []
+        for i in range(num_chains):
+            subject = self.entity(rng.choice(["work", "place", "organisation"]))
+            if subjects and rng.random() < 0.3:
+                subject = rng.choice(subjects)
+            subjects.append(subject)
+            persons.append(compatriot())
+            facts[2 * i] = self.fact(subject, self.relation(subject.kind, "person"), persons[-1])
+            facts[2 * i + 1] = self.fact(persons[-1], relation, is_described=True)
+        for i in range(2 * num_chains, len(facts)):
+            draw = rng.random()
             if draw < 0.4:
-                description = f"the {nationality} {self.rng.choice(synthetic.PROFESSIONS)}"
-                other = replace(self.entity("person"), description=description)
-                facts[i] = self.fact(other, relation, is_described=True)
-            elif draw < 0.7:
+                facts[i] = self.fact(compatriot(), relation, is_described=True)
+            elif draw < 0.6:
+                subject = rng.choice(subjects)
                 facts[i] = self.fact(subject, self.relation(subject.kind))
+            elif draw < 0.75:
+                facts[i] = self.fact(rng.choice(persons), self.relation("person"), is_described=True)
 
     def document(self, fact: Fact) -> tuple[str, str]:
         return fact.subject.name, state(self.rng, fact)
@@ -400,7 +442,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    markers = ["ĠRank", "ĠReply", "ĠCite", *(f"[{i}]" for i in range(1, MAX_ID + 1))]
+    markers = ["ĠRank", "ĠReply", "ĠCite", "ĠFollow", *(f"[{i}]" for i in range(1, MAX_ID + 1))]
     shape_attention(model, [tokenizer.convert_tokens_to_ids(marker) for marker in markers])
     model.set_attn_implementation("eager")  # with autocast to bfloat16, twice as fast as sdpa on a CPU
     return model.train()
@@ -535,7 +577,7 @@ def forward_loss(model: LlamaForCausalLM, rows: Sequence[Row]) -> tuple[Tensor, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
-    parser.add_argument("--minutes", type=float, default=45.0, help="processor time of the training")
+    parser.add_argument("--minutes", type=float, default=50.0, help="processor time of the training")
     parser.add_argument("--hidden-size", type=int, default=160, help="width, a multiple of 32")
     parser.add_argument("--layers", type=int, default=6, help="a run that resumes with more of them adds them on top")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -586,10 +628,14 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * decay * min(1.0, (step + 1) / 100)
         # Reading is practised on as many passages as a generator sees, one passage included: what a passage says
-        # is learned from it first, then which passage to read.
+        # is learned from it first, then which passage to read. Two hops come late, and take most of the time then.
         draw = skills.rng.random()
-        n = most if draw < 0.25 else skills.rng.randint(1, min(5, most))
-        example = skills.reading if draw >= 0.6 else skills.selecting
+        skills.practises_chains = progress > CHAINS_FROM and 0.15 < draw < 0.65
+        if skills.practises_chains:
+            example, n = skills.selecting, skills.rng.randint(3, 6)
+        else:
+            example = skills.reading if draw >= 0.6 else skills.selecting
+            n = most if draw < 0.25 else skills.rng.randint(1, min(5, most))
         rows = [example(n)]
         while (len(rows) + 1) * len(rows[0].tokens) < arguments.tokens_per_batch:
             rows.append(example(n))
@@ -602,9 +648,9 @@ def main() -> None:
 
         for skill, is_right in right:
             results[f"{skill} of {n}"].append(is_right)
-        if n == most:
-            of_select = [is_right for skill, is_right in right if skill == "Rank, 1 hop"]
-            mastery = 0.95 * mastery + 0.05 * sum(of_select) / max(1, len(of_select))
+        ranked = [is_right for skill, is_right in right if skill == "Rank, 1 hop"]
+        if n == most and ranked:
+            mastery = 0.95 * mastery + 0.05 * sum(ranked) / len(ranked)
         if mastery > 0.8 and step - mastered_at > 20:
             if skills.hardness < 1.0:
                 skills.hardness = min(1.0, skills.hardness + 0.15)
