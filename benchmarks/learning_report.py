@@ -124,6 +124,7 @@ def write_report(rows: list[Row], out: Path) -> list[Path]:
         chosen = [row for row in rows if (row["experiment"], row["world_seed"]) == (experiment, world_seed)]
         title = f"{experiment}, world {world_seed}, {len({row['seed'] for row in chosen})} seed(s)"
         tables.append((title, scores_table(chosen)))
+        tables.append((f"{title}: IWAE bound in nats, then its rise in every iteration", bound_table(chosen)))
         figures: dict[str, Callable[[list[Row]], plt.Figure]] = {experiment: curves}
         if probed := [row for row in chosen if "weight_variance@4" in row]:
             tables.append((f"{title}: variances by iteration and m, at the weights of m=4", variance_table(probed)))
@@ -185,6 +186,22 @@ def scores_table(rows: list[Row]) -> Table:
         last = final(rows, setting)
         pairs = [best[seed]["em"] - row["em"] for seed, row in last.items() if seed in best]
         table.add_row(setting, *scores(last.values()), "" if setting == reference else cell(pairs, "+.1f", 100))
+    return table
+
+
+def bound_table(rows: list[Row]) -> Table:
+    """The bound before training and, paired by seed, how much each iteration raised it."""
+    iterations = sorted({row["iteration"] for row in rows})
+    table = new_table("setting", ["before", *(f"iteration {i}" for i in iterations[1:])])
+    for setting in settings_of(rows):
+        bounds = {(row["seed"], row["iteration"]): row["iwae"] for row in rows if row["setting"] == setting}
+        seeds = sorted({seed for seed, _ in bounds})
+        rises = [
+            [bounds[seed, i] - bounds[seed, i - 1] for seed in seeds if (seed, i) in bounds] for i in iterations[1:]
+        ]
+        table.add_row(
+            setting, cell([bounds[seed, 0] for seed in seeds], ".2f"), *(cell(values, "+.2f") for values in rises)
+        )
     return table
 
 

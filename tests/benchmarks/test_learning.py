@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from rich.console import Console
 
 from trl_dro import DROConfig, DROTrainer
 
@@ -153,6 +154,16 @@ def test_intervals_are_students():
     assert cell([0.5], scale=100) == "50.0"
 
 
+def test_the_rise_of_the_bound_is_paired_by_seed(tmp_path):
+    from learning_report import bound_table
+
+    rows = [row(i, iwae=-9.0 + seed + rise) | {"seed": seed} for seed in (0, 1) for i, rise in ((0, 0), (1, 2))]
+    console = Console(width=100, record=True, file=(tmp_path / "table").open("w"))
+    console.print(bound_table(rows))
+    # Seeds that differ by a nat both gained two: the mean is uncertain, the rise is not.
+    assert "-8.50 ± 6.35" in console.export_text() and "+2.00 ± 0.00" in (tmp_path / "table").read_text()
+
+
 def test_documents_scored_alone_are_drawn_without_repetition_with_the_probabilities_given(make_trainer):
     from learning_variants import DocumentwiseTrainer
 
@@ -224,15 +235,20 @@ def test_reliance_asks_with_another_name_of_the_same_kind_in_the_passages(make_t
     assert reliance["keeps"] == 0
 
 
-def test_two_hop_questions_have_both_passages_among_their_candidates():
+def test_two_hop_questions_have_both_passages_and_rivals_of_the_second_among_their_candidates():
     from learning import Size, load_world
 
     size = Size(num_train=4, num_eval=20)
-    for dataset in load_world(size, 0, True, 10, 1.0, False):
+    rivals = 0
+    for dataset in load_world(size, 0, True, 6, 1.0, False):
         for record in dataset:
-            ids = [document["id"] for document in record["documents"]]
-            assert len(ids) == len(set(ids)) == 10
-            assert set(record["positive_ids"]) <= set(ids)
+            texts = {document["id"]: set(document["text"].split()) for document in record["documents"]}
+            assert len(texts) == 6
+            first, second = (texts[passage] for passage in record["positive_ids"])
+            # "The Finnish poet was educated by …": the nationality and the relation, and the words around.
+            rivals += sum(len(text & second) >= 4 for text in texts.values()) - 1
+            assert first != second
+    assert rivals / 24 > 2.5
     assert [len(dataset) for dataset in load_world(size, 0, False, 10, 0.5, False)] == [4, 20]
 
 
