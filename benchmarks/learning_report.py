@@ -127,7 +127,7 @@ def write_report(rows: list[Row], out: Path) -> list[Path]:
         tables.append((f"{title}: IWAE bound in nats, then its rise in every iteration", bound_table(chosen)))
         figures: dict[str, Callable[[list[Row]], plt.Figure]] = {experiment: curves}
         if probed := [row for row in chosen if "weight_variance@4" in row]:
-            tables.append((f"{title}: variances by iteration and m, at the weights of m=4", variance_table(probed)))
+            tables.append((f"{title}: variances by iteration and m, at the weights of m=8", variance_table(probed)))
             figures["variance"] = variance_figure
         if any("follows" in row for row in chosen):
             tables.append((f"{title}: reliance on the documents", reliance_table(chosen)))
