@@ -13,6 +13,9 @@ Reading the right one of several passages is learned in three steps: reading a s
 has just been written (*cite*); and, with a loss on the id that the middle layers point at, reading without writing the
 id (*reply*). In trials without the last step it stayed near chance for a thousand updates.
 
+Two hops are learned last, in the second half, which gives half of its updates to few passages with pairs of them. No
+pair is asked for twice in a row of questions: where it was, models had learned to copy the answer given before.
+
 The number of passages, and how much they resemble each other, grow whenever the model has mastered the present ones.
 A run that was stopped continues where it saved last.
 
