@@ -167,7 +167,7 @@ def scores_table(rows: list[Row]) -> Table:
     """Scores of the retriever, the warm start and every setting, and what the first setting has over the others."""
     reference, *others = settings_of(rows)
     names = {name: heading for name, heading in PERCENTAGES.items() if name in rows[0]}
-    headings = [*names.values(), "IWAE, nats", f"EM less than {reference}"]
+    headings = [*names.values(), "IWAE, nats", f"lead of {reference}, EM"]
     table = new_table("setting", headings)
     start = [row for row in rows if row["setting"] == reference and row["iteration"] == 0]
     retriever = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_dro.data.synthetic import synthetic_world
+from trl_dro.data.synthetic import draw_world, synthetic_world
 from trl_dro.permutation import PermutationCodec
 from trl_dro.prompts import PromptBuilder
 from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
@@ -71,3 +71,28 @@ def test_it_reads_the_right_one_of_five_passages_wherever_it_stands(model, token
             right[place] += answer == record["answers"][0]
     # Names of one kind are drawn from a hundred: chance is a fifth at best.
     assert min(right.values()) > 0.4 * len(records), right
+
+
+def test_it_follows_a_name_to_the_passage_that_only_the_first_one_tells_apart(model, tokenizer):
+    """Of the others, three say the same of persons of that nationality: a guess is right once in four times."""
+    world = draw_world(3, "eval")
+    passages = {passage["id"]: passage for passage in world.corpus}
+    prompts, codec, rng = (
+        PromptBuilder(tokenizer, SELECTOR_TEMPLATE, 2),
+        PermutationCodec(tokenizer, 5, 2),
+        random.Random(0),
+    )
+    ids = [tokenizer.convert_tokens_to_ids(f"[{i}]") for i in range(1, 6)]
+    right = 0
+    for question in rng.sample(world.two_hop, 60):
+        first, second = (passages[i] for i in question["positive_ids"])
+        words = set(second["text"].split())
+        rivals = sorted(world.corpus, key=lambda p: len(words & set(p["text"].split())) if p is not second else -1)[
+            -3:
+        ]
+        documents = rng.sample([first, second, *rivals], 5)
+        prompt = [*prompts(question["question"], documents), ids[documents.index(first)], *codec.separator]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1, ids]
+        right += documents[logits.argmax()] is second
+    assert right > 0.6 * 60
