@@ -57,12 +57,12 @@ from transformers.utils import logging
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.data.synthetic import synthetic_world
-from trl_dro.permutation import PermutationCodec
-from trl_dro.prompts import PromptBuilder
-from trl_dro.roles import ROLES, Role
-from trl_dro.tiny import TINY_MODEL
-from trl_dro.warmup import generator_examples, selector_examples
+from trl_dro.demo.tiny import TINY_MODEL
+from trl_dro.demo.world import synthetic_world
+from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.prompts import PromptBuilder
+from trl_dro.model.roles import ROLES, Role
+from trl_dro.trainer.warmup import generator_examples, selector_examples
 
 
 # Learning rates, templates and adapters are those of the demo.

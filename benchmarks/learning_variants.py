@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl_dro import DROTrainer
-from trl_dro.data.synthetic import ORGANISATION_KINDS
-from trl_dro.estimation import Estimate, Weights
-from trl_dro.importance import importance_weights, selector_coefficients
+from trl_dro.demo.world import ORGANISATION_KINDS
 from trl_dro.metrics.text import exact_match, has_answer
-from trl_dro.permutation import PermutationCodec, PermutationSamples
-from trl_dro.rag_model import RAGModel
-from trl_dro.schedule import MicroBatch
+from trl_dro.model.importance import importance_weights, selector_coefficients
+from trl_dro.model.permutation import PermutationCodec, PermutationSamples
+from trl_dro.model.rag_model import RAGModel
+from trl_dro.trainer.estimation import Estimate, Weights
+from trl_dro.trainer.schedule import MicroBatch
 
 
 def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:

@@ -35,7 +35,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.roles import ROLES
+from trl_dro.model.roles import ROLES
 
 
 WORDS = [f"word{i}" for i in range(500)]

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_dro import RAGPipeline
-from trl_dro.serve import ServerLimits
-from trl_dro.server import create_app
+from trl_dro.server.app import create_app
+from trl_dro.server.limits import ServerLimits
 
 
 # What the requests are, how often each is drawn, and the status that is right.

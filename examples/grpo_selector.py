@@ -37,11 +37,11 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_dro import DROConfig, DROTrainer, RAGPipeline
 from trl_dro.data import load_records
-from trl_dro.data.synthetic import synthetic_world
-from trl_dro.evaluation import run
-from trl_dro.rewards import AnswerLikelihoodReward, prompt_dataset
-from trl_dro.roles import load_role_adapters
-from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+from trl_dro.demo.world import synthetic_world
+from trl_dro.evaluation.evaluation import evaluate as run
+from trl_dro.integrations.rewards import AnswerLikelihoodReward, prompt_dataset
+from trl_dro.model.roles import load_role_adapters
 
 
 DEMO_PROMPTS = {

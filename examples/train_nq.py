@@ -35,7 +35,7 @@ python examples/train_nq.py --config recipes/nq_llama3_8b_qlora.yaml --dataset_n
 from trl import ModelConfig, TrlParser
 
 from trl_dro import DROConfig
-from trl_dro.training import TrainArguments, train
+from trl_dro.commands.train import TrainArguments, train
 
 
 if __name__ == "__main__":

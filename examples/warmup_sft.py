@@ -17,7 +17,7 @@ the form of `castorini/rank_zephyr_training_data`, jsonl or jsonl.gz.
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from trl_dro.warmup import WarmUpArguments, warm_up
+from trl_dro.commands.warmup import WarmUpArguments, warm_up
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ CORE = {
     "likelihood": {"torch"},
     "schedule": {"torch"},
     # Masks and caches are transformers'; what is packed is scored as what is not.
-    "shared_prefix": {"torch", "transformers", "trl_dro.likelihood"},
+    "shared_prefix": {"torch", "transformers", "trl_dro.model.likelihood"},
     # A permutation is written in a tokenizer's tokens, and all of a question are read behind one prompt.
-    "permutation": {"torch", "transformers", "trl_dro.likelihood", "trl_dro.shared_prefix"},
+    "permutation": {"torch", "transformers", "trl_dro.model.likelihood", "trl_dro.model.shared_prefix"},
     # An estimate holds what was sampled, for which questions, and weighs it.
     "estimation": {
         "torch",
@@ -78,7 +78,10 @@ def test_private_names_of_trl_are_imported_in_one_place():
 
 
 def test_nothing_but_the_command_and_the_package_imports_the_trainer():
-    assert [name for name in MODULES if "trl_dro.dro_trainer" in imports(name)] == ["trl_dro", "trl_dro.training"]
+    assert [name for name in MODULES if "trl_dro.trainer.dro_trainer" in imports(name)] == [
+        "trl_dro",
+        "trl_dro.commands.train",
+    ]
 
 
 @pytest.mark.parametrize("folder", ["data", "metrics"])

@@ -4,8 +4,8 @@
 import pytest
 from trl import RichProgressCallback
 
-from .test_dro_trainer import make_dataset
 from .test_faults import make_trainer
+from .trainer.test_dro_trainer import make_dataset
 
 
 def test_the_rich_progress_callback_follows_training_and_evaluation(tmp_path, capsys):

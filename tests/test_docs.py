@@ -27,11 +27,11 @@ from datasets import DatasetDict
 from transformers import training_args
 from trl import TrlParser
 
-from trl_dro import cli
+from trl_dro.commands import cli
 
-from .test_dro_trainer import make_dataset
 from .test_faults import TOKENIZER, make_trainer
 from .tiny_models import tiny_llama
+from .trainer.test_dro_trainer import make_dataset
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +207,7 @@ def check_command(words: list[str], monkeypatch) -> None:
         launch = argparse.ArgumentParser.parse_known_args(launch_command_parser(), arguments[1:])[0]
         assert launch.config_file is None or Path(launch.config_file).is_file(), words
         if launch.module:
-            assert launch.training_script == "trl_dro.cli", words
+            assert launch.training_script == "trl_dro.commands.cli", words
             cli.run(launch.training_script_args)
         check_script(launch.training_script, launch.training_script_args, monkeypatch)
     elif name.startswith("python") and arguments[0] == "-m":

@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.checkpoint import find_checkpoints, find_damage
 from trl_dro.data import read_questions
-from trl_dro.roles import ROLES
+from trl_dro.model.roles import ROLES
+from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
 
-from .test_dro_trainer import make_dataset, randomize_adapters, run_step
 from .tiny_models import bpe_tokenizer, tiny_llama
+from .trainer.test_dro_trainer import make_dataset, randomize_adapters, run_step
 
 
 TOKENIZER = bpe_tokenizer(split_digits=False)

@@ -11,10 +11,10 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.roles import ROLES
+from trl_dro.model.roles import ROLES
 
-from .test_dro_trainer import make_dataset
 from .tiny_models import bpe_tokenizer, tiny_llama
+from .trainer.test_dro_trainer import make_dataset
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra: pip install trl_dro[quantization]")

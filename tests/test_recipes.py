@@ -6,11 +6,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from trl_dro import training
-from trl_dro.cli import main, make_parser
+from trl_dro.commands import train
+from trl_dro.commands.cli import main, make_parser
 
 from .hub_cache import fill_hub_cache
-from .test_cost import make_questions
+from .trainer.test_cost import make_questions
 
 
 RECIPES = sorted(path for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*_*.yaml"))
@@ -27,7 +27,7 @@ def hub_cache(tmp_path, monkeypatch):
 def dry_run(monkeypatch, capsys, recipe, *arguments):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["trl-dro", "train", "--config", str(recipe), "--dry_run", *map(str, arguments)])
-    monkeypatch.setattr(training, "DROTrainer", None)  # no weights are loaded
+    monkeypatch.setattr(train, "DROTrainer", None)  # no weights are loaded
     main()
     return capsys.readouterr().out
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .dro_config import DROConfig
-    from .dro_trainer import DROTrainer
-    from .pipeline import RAGPipeline
-    from .run_folder import LoadOptions
+    from .system.pipeline import RAGPipeline
+    from .system.run_folder import LoadOptions
+    from .trainer.dro_config import DROConfig
+    from .trainer.dro_trainer import DROTrainer
 
 
 __version__ = "0.1.0.dev0"
@@ -18,10 +18,10 @@ __all__ = ["DROConfig", "DROTrainer", "LoadOptions", "RAGPipeline"]
 
 # Imported at first use: data and retrieval need no torch, which takes seconds to import.
 _MODULES = {
-    "DROConfig": "dro_config",
-    "DROTrainer": "dro_trainer",
-    "LoadOptions": "run_folder",
-    "RAGPipeline": "pipeline",
+    "DROConfig": "trainer.dro_config",
+    "DROTrainer": "trainer.dro_trainer",
+    "LoadOptions": "system.run_folder",
+    "RAGPipeline": "system.pipeline",
 }
 
 

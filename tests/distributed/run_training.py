@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.roles import ROLES
+from trl_dro.model.roles import ROLES
 
-from ..test_dro_trainer import make_dataset, randomize_adapters
 from ..tiny_models import bpe_tokenizer, tiny_llama
+from ..trainer.test_dro_trainer import make_dataset, randomize_adapters
 
 
 # Measured by the clock, or a matter of which rows stand in one batch: never twice the same.

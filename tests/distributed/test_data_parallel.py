@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_dro.checkpoint import find_checkpoints, find_damage
-from trl_dro.schedule import EstimationSampler
+from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
+from trl_dro.trainer.schedule import EstimationSampler
 
 from .run_training import read_result, start
 

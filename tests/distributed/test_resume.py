@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_dro.checkpoint import find_checkpoints, find_damage
+from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
 
 from .run_training import read_result, start
 

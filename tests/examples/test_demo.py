@@ -5,7 +5,7 @@ import pytest
 from trl import ModelConfig, TrlParser
 
 from trl_dro import DROConfig
-from trl_dro.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from datasets import DatasetDict
 from safetensors.torch import load_file
 from trl import GRPOConfig, TrlParser
 
-from ..test_dro_trainer import make_dataset
 from ..test_faults import make_trainer
+from ..trainer.test_dro_trainer import make_dataset
 
 
 @pytest.fixture(scope="module")

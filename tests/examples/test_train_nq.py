@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from trl_dro.roles import ROLES
+from trl_dro.model.roles import ROLES
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_nq.py"

@@ -9,11 +9,11 @@ from datasets import DatasetDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trl_dro.roles import ROLES, load_role_adapters
+from trl_dro.model.roles import ROLES, load_role_adapters
 
-from ..test_dro_trainer import make_dataset
-from ..test_warmup import conversation
 from ..tiny_models import bpe_tokenizer, tiny_llama
+from ..trainer.test_dro_trainer import make_dataset
+from ..trainer.test_warmup import conversation
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "warmup_sft.py"

@@ -8,12 +8,13 @@ import torch
 from peft import LoraConfig
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.likelihood import completion_logits
-from trl_dro.permutation import PermutationCodec, permutation_logps, sample_permutations
-from trl_dro.roles import ROLES
-from trl_dro.shared_prefix import PackedModel
+from trl_dro.model.likelihood import completion_logits
+from trl_dro.model.permutation import PermutationCodec, permutation_logps, sample_permutations
+from trl_dro.model.roles import ROLES
+from trl_dro.model.shared_prefix import PackedModel
 
-from ..test_dro_trainer import (
+from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama
+from ..trainer.test_dro_trainer import (
     ONE_QUESTION,
     exact_gradients,
     gradients,
@@ -22,7 +23,6 @@ from ..test_dro_trainer import (
     relative_error,
     run_step,
 )
-from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama
 
 
 pytestmark = [

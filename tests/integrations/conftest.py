@@ -3,8 +3,8 @@ import pytest
 
 from trl_dro import LoadOptions, RAGPipeline
 
-from ..test_dro_trainer import make_dataset
 from ..test_faults import make_trainer
+from ..trainer.test_dro_trainer import make_dataset
 
 
 @pytest.fixture(scope="session")

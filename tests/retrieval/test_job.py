@@ -244,9 +244,9 @@ def start_command(tmp_path, output):
     corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
     arguments = ["--questions", questions, "--corpus", corpus, "--output_dir", tmp_path / output]
     arguments += ["--cache_dir", tmp_path / f"{output}_cache", "--shard_size", 50]
-    command = [sys.executable, "-m", "trl_dro.cli", "retrieve", *map(str, arguments)]
+    command = [sys.executable, "-m", "trl_dro.commands.cli", "retrieve", *map(str, arguments)]
     with open(tmp_path / "log.txt", "w") as log:
-        command = [sys.executable, "-m", "trl_dro.cli", "retrieve", *map(str, arguments)]
+        command = [sys.executable, "-m", "trl_dro.commands.cli", "retrieve", *map(str, arguments)]
     with open(tmp_path / "log.txt", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from trl_dro.data.synthetic import draw_world
-from trl_dro.tiny import TINY_MODEL
+from trl_dro.demo.tiny import TINY_MODEL
+from trl_dro.demo.world import draw_world
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..pipeline import RAGPipeline
+from ..system.pipeline import RAGPipeline
 
 
 try:

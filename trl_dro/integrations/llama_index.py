@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from ..pipeline import RAGPipeline
+from ..system.pipeline import RAGPipeline
 
 
 try:

@@ -1,0 +1,264 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+from trl_dro.commands import evaluate, report, train
+from trl_dro.commands.cli import COMMANDS, main, make_parser
+from trl_dro.data import load_records, validate_dataset
+from trl_dro.retrieval import BM25Retriever
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six questions and thirty passages, the first six of which hold the answers."""
+    questions = [{"id": f"q{i}", "question": f"who wrote book {i}", "golden_answers": [f"Anna {i}"]} for i in range(6)]
+    corpus = [
+        {"id": f"p{i}", "title": f"Book {i}", "text": f"The book {i} was written by Anna {i}."} for i in range(30)
+    ]
+    for name, rows in (("questions", questions), ("corpus", corpus)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def run(files, monkeypatch):
+    """Runs `trl-dro retrieve`."""
+
+    def run(*arguments, output="out", corpus="corpus.jsonl", questions="questions.jsonl"):
+        arguments = ["--questions", files / questions, "--output_dir", files / output, *arguments]
+        arguments += ["--cache_dir", files / "cache"]
+        if corpus:
+            arguments += ["--corpus", files / corpus]
+        monkeypatch.setattr(sys, "argv", ["trl-dro", "retrieve", *map(str, arguments)])
+        main()
+        return files / output
+
+    return run
+
+
+def refused(run, capsys, *arguments, **settings):
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as info:
+        run(*arguments, **settings)
+    message = capsys.readouterr().err if info.value.code == 2 else str(info.value.code)
+    assert "\n" not in message.rstrip("\n")
+    return message
+
+
+def test_files_give_a_dataset_for_training_and_a_table_of_recall(run, capsys):
+    folder = run("--k", 5, "--split", "dev")
+    dataset = load_records(folder, "dev")
+    validate_dataset(dataset, num_selected=5)
+    assert dataset["id"][:] == [f"q{i}" for i in range(6)]
+    assert [row["documents"][0]["id"] for row in dataset] == [f"p{i}" for i in range(6)]
+    shown = capsys.readouterr().out
+    assert "Recall@1, %" in shown and "100.0" in shown and "6 questions with their top 5" in shown
+
+
+def test_settings_can_stand_in_a_yaml_file_and_be_overridden(run, files):
+    (files / "settings.yaml").write_text("k: 7\nb: 0.5\nsplit: validation\n")
+    dataset = load_from_disk(run("--config", files / "settings.yaml", "--k", 4) / "validation")
+    assert all(len(row["documents"]) == 4 for row in dataset)
+    report = json.loads((files / "out" / "validation" / "retrieval.json").read_text())
+    assert report["settings"]["retriever"]["b"] == 0.5
+
+
+def test_second_call_searches_nothing_and_prints_the_same(run, capsys, monkeypatch):
+    run("--k", 5)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(BM25Retriever, "search", None)
+    run("--k", 5)
+    assert capsys.readouterr().out == first
+
+
+def test_paragraphs_of_a_benchmark_need_no_corpus(run, shared_data, files, monkeypatch):
+    source = shared_data / "raw" / "hotpotqa.json"
+    arguments = ["--questions", "hotpotqa", "--split", "dev", "--source", source, "--output_dir", files / "out"]
+    monkeypatch.setattr(
+        sys, "argv", ["trl-dro", "retrieve", *map(str, arguments), "--retriever", "precomputed", "--k", "10"]
+    )
+    main()
+    dataset = load_records(files / "out", "dev")
+    assert [len(row["documents"]) for row in dataset] == [10] * 100
+    report = json.loads((files / "out" / "dev" / "retrieval.json").read_text())
+    assert report["recall"]["is a supporting passage"]["10"] == 1.0
+
+
+def test_result_is_pushed_where_it_is_asked_for(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Dataset, "push_to_hub", lambda dataset, name, split: pushed.append((len(dataset), name, split))
+    )
+    run("--k", 2, "--split", "dev", "--push_to_hub", "org/nq-top2")
+    assert pushed == [(6, "org/nq-top2", "dev")]
+
+
+def test_folder_of_documents_is_a_corpus(run, files):
+    (files / "documents").mkdir()
+    for number in range(6):
+        (files / "documents" / f"book{number}.txt").write_text(f"Book {number} was written by Anna {number}.")
+    dataset = load_from_disk(run("--k", 2, corpus="documents") / "train")
+    assert [row["documents"][0]["id"] for row in dataset] == [f"book{i}.txt#0" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, parts",
+    [
+        (["--retriever", "bm26"], {}, ["--retriever bm26", "bm25, dense, colbert, precomputed"]),
+        (["--retriever", "bm25", "bm25"], {}, ["name each retriever once"]),
+        ([], {"corpus": None}, ["needs a corpus", "--corpus FILE"]),
+        (["--retriever", "precomputed"], {}, ["leave out --corpus"]),
+        (["--k", "0"], {}, ["--k 0"]),
+        (["--k", "31"], {}, ["k=31", "corpus of 30"]),
+        ([], {"corpus": "absent.jsonl"}, ["absent.jsonl", "no such file"]),
+        (["--source", "x.json"], {}, ["--source belongs to a benchmark"]),
+    ],
+)
+def test_mistakes_end_in_one_line_that_tells_the_cure(run, capsys, arguments, settings, parts):
+    message = refused(run, capsys, *arguments, **settings)
+    assert message.startswith("trl-dro retrieve: ")
+    for part in parts:
+        assert part in message
+
+
+def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
+    with open(files / "corpus.jsonl", "a") as file:
+        file.write('{"id": "p3", "text": "again"}\n')
+    message = refused(run, capsys)
+    assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trl-dro", *map(str, arguments)])
+    main()
+
+
+def wrong_usage(monkeypatch, capsys, *arguments):
+    """What is printed when the command line is wrong, which is one line and exit code 2."""
+    with pytest.raises(SystemExit) as info:
+        call(monkeypatch, *arguments)
+    assert info.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
+    message = wrong_usage(monkeypatch, capsys, "retreive")
+    assert message.startswith("trl-dro: there is no command 'retreive'; did you mean retrieve?\nusage: trl-dro {")
+    call(monkeypatch)
+    assert "usage: trl-dro {retrieve,warmup,train,evaluate,predict,serve,report,env}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
+    if importlib.util.find_spec(COMMANDS[name][0]) is None:
+        pytest.skip(f"{COMMANDS[name][0]} is not there yet")
+    for dataclass_type in make_parser(name).dataclass_types:
+        for setting in fields(dataclass_type):
+            assert not setting.init or len(setting.metadata["help"].strip()) > 5, setting.name
+    with pytest.raises(SystemExit) as info:
+        call(monkeypatch, name, "--help")
+    assert info.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for dataclass_type in make_parser(name).dataclass_types:
+        for setting in fields(dataclass_type):
+            if setting.init:
+                assert f"--{setting.name} " in shown
+                assert " ".join(setting.metadata["help"].replace("%%", "%").split()[:4]) in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["retrieve", "--retreiver", "bm25"], "--retriever"),
+        (["train", "--num_permutation", "4"], "--num_permutations"),
+        (["train", "--learning-rat", "4"], "--learning_rate"),
+        (["warmup", "--teecher", "relevant"], "--teacher"),
+        (["evaluate", "--datset_name", "x"], "--dataset_name"),
+        (["predict", "--question", "x"], "--questions"),
+        (["serve", "--prot", "80"], "--port"),
+    ],
+)
+def test_wrong_flags_suggest_the_right_ones(arguments, meant, monkeypatch, capsys):
+    message = wrong_usage(monkeypatch, capsys, *arguments)
+    assert f"there is no setting {arguments[1]}; did you mean {meant}?" in message and message.count("\n") == 1
+
+
+def test_failure_and_wrong_usage_have_exit_codes_of_their_own():
+    command = [
+        sys.executable,
+        "-m",
+        "trl_dro.commands.cli",
+        "retrieve",
+        "absent.jsonl",
+        "--corpus",
+        "c",
+        "--output_dir",
+        "out",
+    ]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("trl-dro retrieve: absent.jsonl")
+    assert subprocess.run([*command, "--k", "0"], capture_output=True).returncode == 2
+
+
+def test_training_is_launched_in_as_many_processes_as_are_asked_for(monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    flags = ["train", "--dataset_name", "data", "--output_dir", "out", "--use_cpu", "--num_processes", "2"]
+    call(monkeypatch, *flags)
+    config = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "two_cpu_processes.yaml"
+    call(monkeypatch, *flags[:6], "--accelerate_config", config)
+    first, second = launched
+    assert (first.num_processes, first.multi_gpu, first.module) == (2, True, True)
+    assert (first.training_script, first.training_script_args) == ("trl_dro.commands.cli", flags)
+    assert second.config_file == str(config) and second.num_processes is None
+
+
+def test_one_process_trains_without_a_launcher(monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "train", lambda *args: trained.append(args))
+    call(monkeypatch, "train", "--dataset_name", "data", "--use_cpu", "--num_permutations", 3)
+    assert trained[0][0].dataset_name == "data" and trained[0][1].num_permutations == 3
+
+
+def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+    flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
+    call(monkeypatch, "retrieve", files / "questions.jsonl", *flags)
+    assert len(load_from_disk(files / "out" / "train")) == 6
+    reported = []
+    monkeypatch.setattr(report, "report", reported.append)
+    call(monkeypatch, "report", "my-run", "--evaluation", "results")
+    assert reported == [report.ReportArguments("my-run", evaluation=["results"])]
+
+
+def test_the_command_line_does_not_import_torch():
+    # It takes seconds, and a call that finds its result in the cache needs none of it.
+    code = "import sys, trl_dro.commands.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys):
+    evaluated = []
+    monkeypatch.setattr(evaluate, "evaluate", evaluated.append)
+    flags = ["--model", "run", "--dataset_name", "data", "--ranking_measures", "nDCG@5", "RR@5"]
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "evaluate", *flags])
+    main()
+    [args] = evaluated
+    assert (args.model, args.dataset_name, args.ranking_measures) == ("run", "data", ["nDCG@5", "RR@5"])
+    message = wrong_usage(monkeypatch, capsys, "evaluate", "--generator", "run", "--dataset_name", "data")
+    assert "trl-dro evaluate: --generator alone selects nothing: pass --selector" in message
+
+
+def test_serve_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.delitem(sys.modules, "trl_dro.server.app", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setattr(sys, "argv", ["trl-dro", "serve", "--model", "run"])
+    with pytest.raises(SystemExit, match=r"pip install 'trl_dro\[serve\]'"):
+        main()

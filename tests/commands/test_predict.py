@@ -1,0 +1,113 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+
+from trl_dro import LoadOptions, RAGPipeline
+from trl_dro.commands.predict import PredictArguments, predict
+from trl_dro.data import DatasetError
+
+from ..test_faults import make_trainer
+from ..trainer.test_dro_trainer import make_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, max_answer_length=8).save_model()
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Questions with documents in a file, and nobody knows the answers."""
+    rows = [{name: row[name] for name in ("question", "documents")} for row in make_dataset(7).to_list()]
+    rows = [{"id": f"q{i}", **row} for i, row in enumerate(rows)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(folder, tmp_path, **settings):
+    return PredictArguments(model=str(folder), output_dir=str(tmp_path / "out"), device="cpu", **settings)
+
+
+def test_answers_are_those_of_the_pipeline(folder, questions, tmp_path):
+    predictions = predict(arguments(folder, tmp_path, questions=str(questions), tokens_per_batch=500))
+    assert [
+        json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    ] == predictions
+    assert [row["id"] for row in predictions] == [f"q{i}" for i in range(7)]
+    pipe = RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu"))
+    for row, line in zip(predictions, questions.read_text().splitlines(), strict=True):
+        record = json.loads(line)
+        output = pipe(record["question"], documents=record["documents"])
+        assert row["answer"] == output.answer
+        assert row["selected"] == [document.position for document in output.documents]
+        assert row["selected_ids"] == [document.id for document in output.documents]
+        assert row["probabilities"] == pytest.approx([document.probability for document in output.documents], abs=1e-4)
+
+
+def test_an_interrupted_call_goes_on_and_a_finished_one_loads_no_model(folder, questions, tmp_path, monkeypatch):
+    original, asked = RAGPipeline.__call__, []
+
+    def interrupted(self, questions, *args, **kwargs):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(questions)
+        return original(self, questions, *args, **kwargs)
+
+    args = arguments(folder, tmp_path, questions=str(questions), tokens_per_batch=400)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RAGPipeline, "__call__", interrupted)
+        predict(args)
+    kept = (tmp_path / "out" / "predictions.partial.jsonl").read_text().count("\n")
+    assert 0 < kept == len(asked) < 7
+    predictions = predict(args)
+    monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
+    assert predict(args) == predictions and len(predictions) == 7
+
+
+def test_candidates_come_from_a_corpus_where_there_is_one(folder, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"question": "who wrote book 3"}\n{"question": "who wrote book 5"}\n')
+    passages = [{"id": f"p{i}", "title": f"Book {i}", "text": f"Book {i} was written by Anna {i}."} for i in range(8)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    settings = {"questions": str(tmp_path / "questions.jsonl"), "corpus": str(tmp_path / "corpus.jsonl")}
+    first, second = predict(arguments(folder, tmp_path, max_candidates=4, **settings))
+    assert first["id"] is None and set(first["selected"]) <= {1, 2, 3, 4}
+    assert all(each.startswith("p") for each in first["selected_ids"] + second["selected_ids"])
+
+
+def test_a_dataset_can_be_asked_and_cut_short(folder, tmp_path):
+    make_dataset(5).save_to_disk(tmp_path / "data")
+    assert len(predict(arguments(folder, tmp_path, dataset_name=str(tmp_path / "data"), max_questions=2))) == 2
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "who"}', "has no documents; pass --corpus"),
+        ('{"question": "", "documents": [{"text": "a"}]}', "line 1, column question: is empty"),
+        ('{"question": "who", "documents": []}', "line 1, column documents: must be a non-empty list"),
+        ('{"query": "who"}', "line 1"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tmp_path, line, message):
+    (tmp_path / "questions.jsonl").write_text(line + "\n")
+    with pytest.raises(DatasetError, match=message):
+        predict(arguments("absent", tmp_path, questions=str(tmp_path / "questions.jsonl")))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "pass either --questions"),
+        ({"questions": "q", "dataset_name": "d"}, "pass either --questions"),
+        ({"corpus": "c", "dataset_name": "d"}, "leave out --corpus"),
+        ({"questions": "q", "max_questions": 0}, "--max_questions 0"),
+    ],
+)
+def test_settings_that_cannot_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PredictArguments(model="run", **settings)

@@ -1,0 +1,34 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import sys
+
+import pytest
+from trl import TrlParser
+
+from trl_dro.commands.serve import ServeArguments, serve
+from trl_dro.server.limits import ServerLimits
+
+
+def test_limits_and_model_are_checked():
+    with pytest.raises(ValueError, match="--timeout 0: it must be above 0"):
+        ServerLimits(timeout=0)
+    with pytest.raises(ValueError, match="nothing to serve"):
+        ServeArguments()
+
+
+def test_arguments_come_from_the_command_line_and_stay_on_this_machine():
+    [args] = TrlParser((ServeArguments,)).parse_args_and_config(["--model", "run", "--timeout", "5"])
+    assert (args.model, args.host, args.timeout, args.max_waiting) == ("run", "127.0.0.1", 5.0, 64)
+
+
+def test_a_missing_package_names_its_extra_before_a_model_is_looked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "trl_dro.server.app", raising=False)
+    with pytest.raises(ImportError, match=r"trl_dro\[serve\]"):
+        serve(ServeArguments(model="there/is no such model"))
+
+
+def test_a_model_that_is_not_there_is_named():
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    with pytest.raises(ValueError, match="there is no folder /nowhere"):
+        serve(ServeArguments(model="/nowhere"))

@@ -1,0 +1,244 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import json
+import shutil
+
+import pytest
+import torch
+from trl import TrlParser
+
+from trl_dro import LoadOptions, RAGPipeline
+from trl_dro.commands.evaluate import EvaluationArguments, evaluate
+from trl_dro.data import DatasetError
+from trl_dro.evaluation.evaluation import evaluate as run
+
+from ..test_faults import make_trainer
+from ..trainer.test_dro_trainer import make_dataset
+
+
+CPU = LoadOptions(device="cpu")
+DATASET = make_dataset(12)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, a dataset with some of its own answers, and what its trainer says of both."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = make_trainer(folder, eval_dataset=DATASET, max_answer_length=8)
+    trainer.save_model()
+    answers = trainer.predict(DATASET).predictions
+    # Some predictions are right and stand in a document, so that no score is all zeros.
+    rows = DATASET.to_list()
+    for i in (1, 4, 5):
+        rows[i]["answers"] = [answers[i] or "x"]
+        rows[i]["documents"][i % 4]["text"] += " " + answers[i]
+    dataset = DATASET.from_list(rows)
+    return folder, dataset, trainer.predict(dataset).metrics
+
+
+def load(folder):
+    return lambda: RAGPipeline.from_pretrained(folder, options=CPU)
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_run_scores_as_its_trainer_says(trained, tmp_path):
+    folder, dataset, metrics = trained
+    rows = run(load(folder), dataset, tmp_path)
+    assert [row["question"] for row in rows] == dataset["question"]
+    for name in ("em", "f1", "recall@1", "recall@2", "retriever_recall@1"):
+        assert sum(row[name] for row in rows) / len(rows) == pytest.approx(metrics[f"test_{name}"])
+    assert 0 < metrics["test_em"] < 1
+    assert [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()] == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["questions.jsonl", "settings.json"]
+
+
+def test_small_batches_score_as_one(trained, tmp_path):
+    folder, dataset, _ = trained
+    one = run(load(folder), dataset, tmp_path / "one")
+    small = run(load(folder), dataset, tmp_path / "small", tokens_per_batch=1)
+    for row, other in zip(without_time(one), without_time(small), strict=True):
+        for name in ("answer_logp", "answer_logp_without_documents", "context_gain"):
+            assert row.pop(name) == pytest.approx(other.pop(name), abs=1e-3)
+        assert row == other
+
+
+def test_context_gain_is_the_likelihood_with_documents_less_that_without(trained, tmp_path):
+    folder, dataset, _ = trained
+    [row] = run(load(folder), dataset.select([1]), tmp_path)
+    rag = load(folder)().rag
+    record, prompts, tokenizer = dataset[1], rag.prompts["generator"], rag.tokenizers["generator"]
+
+    def logp(documents):
+        prompt = prompts(record["question"], documents)
+        answer = [*tokenizer(record["answers"][0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = rag.roles.forward("generator", input_ids=torch.tensor([prompt + answer])).logits[0]
+        logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return logps.gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+    selected = [record["documents"][place - 1] for place in row["selected"]]
+    assert row["answer_logp"] == pytest.approx(logp(selected), abs=1e-3)
+    assert row["answer_logp_without_documents"] == pytest.approx(logp([]), abs=1e-3)
+    assert row["context_gain"] == pytest.approx(logp(selected) - logp([]), abs=1e-3)
+    written = len(rag.codec.encode(row["selected"], 4)[0])
+    read = len(rag.prompts["selector"](record["question"], record["documents"]))
+    read += len(prompts(record["question"], selected))
+    assert row["tokens"] == read + written + len(tokenizer(row["prediction"], add_special_tokens=False).input_ids) + 1
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
+    folder, dataset, _ = trained
+    whole = run(load(folder), dataset, tmp_path / "whole", tokens_per_batch=300)
+    answer = "trl_dro.model.rag_model.RAGModel.answer"
+    from trl_dro.model.rag_model import RAGModel
+
+    original, asked = RAGModel.answer, []
+
+    def interrupted(self, questions, *args):
+        asked.extend(questions)
+        if len(asked) > 6:
+            raise KeyboardInterrupt
+        return original(self, questions, *args)
+
+    monkeypatch.setattr(answer, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(load(folder), dataset, tmp_path / "halves", tokens_per_batch=300)
+    partial = tmp_path / "halves" / "questions.partial.jsonl"
+    kept = partial.read_text().count("\n")
+    assert 0 < kept <= 6 and not (tmp_path / "halves" / "questions.jsonl").exists()
+    with open(partial, "a") as file:
+        file.write('{"row": 11, "em"')  # the line that was being written
+
+    asked.clear()
+
+    def counted(self, questions, *args):
+        asked.extend(questions)
+        return original(self, questions, *args)
+
+    monkeypatch.setattr(answer, counted)
+    resumed = run(load(folder), dataset, tmp_path / "halves", tokens_per_batch=300)
+    assert len(asked) == len(dataset) - kept
+    assert without_time(resumed) == without_time(whole)
+
+
+def test_a_finished_evaluation_loads_no_model(trained, tmp_path):
+    folder, dataset, _ = trained
+    rows = run(load(folder), dataset, tmp_path)
+
+    def fail():
+        raise AssertionError("loaded")
+
+    assert run(fail, dataset, tmp_path) == rows
+
+
+@pytest.mark.parametrize("change", ["selection", "dataset"])
+def test_another_evaluation_does_not_mix_with_the_one_in_the_folder(trained, tmp_path, change):
+    folder, dataset, _ = trained
+    run(load(folder), dataset.select(range(2)), tmp_path)
+    with pytest.raises(ValueError, match=f"holds results with {change}.*name another output_dir"):
+        if change == "selection":
+            run(load(folder), dataset.select(range(2)), tmp_path, selection="oracle")
+        else:
+            run(load(folder), dataset.select(range(3)), tmp_path)
+
+
+def arguments(folder, dataset, tmp_path, **changes):
+    if not (tmp_path / "data").exists():
+        dataset.save_to_disk(tmp_path / "data")
+    settings = {"model": str(folder), "dataset_name": str(tmp_path / "data"), "device": "cpu"} | changes
+    return EvaluationArguments(**settings | {"output_dir": str(tmp_path / settings.get("output_dir", "out"))})
+
+
+def test_the_command_compares_with_the_order_of_the_retriever(trained, tmp_path, capsys):
+    folder, dataset, _ = trained
+    baseline = arguments(folder, dataset, tmp_path, selector="retriever", output_dir="retriever")
+    evaluate(baseline)
+    before = [json.loads(line) for line in (tmp_path / "retriever" / "questions.jsonl").read_text().splitlines()]
+    assert all(row["selected"] == [1, 2] for row in before)
+    summary = evaluate(arguments(folder, dataset, tmp_path, baseline=str(tmp_path / "retriever")))
+    em = summary["metrics"]["em"]
+    assert em["baseline"] == pytest.approx(sum(row["em"] for row in before) / 12)
+    assert em["low"] <= em["mean"] <= em["high"] and 0 < em["p_value"] <= 1
+    assert em["difference"] == pytest.approx(em["mean"] - em["baseline"])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"] == summary["metrics"]
+    output = capsys.readouterr().out
+    assert "exact match" in output and "error: selection" in output
+
+
+def test_the_oracle_selects_what_contains_the_answer(trained, tmp_path):
+    folder, dataset, _ = trained
+    summary = evaluate(arguments(folder, dataset, tmp_path, selector="oracle"))
+    assert summary["metrics"]["recall@1"]["mean"] == 6 / 12  # numbers 0 to 3, and the changed rows 4 and 5
+    assert summary["metrics"]["not_selected"]["mean"] == 0
+
+
+def test_roles_may_come_from_different_places(trained, tmp_path):
+    folder, dataset, _ = trained
+    same = evaluate(arguments(folder, dataset, tmp_path))
+    for role in ("selector", "generator"):
+        shutil.copytree(folder / role, tmp_path / role / role)
+        shutil.copytree(folder / "base", tmp_path / role / "base", dirs_exist_ok=True)
+        shutil.copy(folder / "rag_config.json", tmp_path / role)
+    parts = {"selector": str(tmp_path / "selector"), "generator": str(tmp_path / "generator")}
+    data = str(tmp_path / "data")
+    output_dir = str(tmp_path / "apart")
+    apart = evaluate(EvaluationArguments(**parts, dataset_name=data, device="cpu", output_dir=output_dir))
+    for name in ("em", "f1", "recall@1"):
+        assert apart["metrics"][name] == same["metrics"][name]
+
+
+def test_a_baseline_of_other_questions_is_refused(trained, tmp_path):
+    folder, dataset, _ = trained
+    evaluate(arguments(folder, dataset, tmp_path, max_questions=3, output_dir="three"))
+    with pytest.raises(DatasetError, match="has 3 questions, not 12"):
+        evaluate(arguments(folder, dataset, tmp_path, baseline=str(tmp_path / "three")))
+    with pytest.raises(DatasetError, match="does not exist"):
+        evaluate(arguments(folder, dataset, tmp_path, baseline=str(tmp_path / "nothing")))
+
+
+def test_results_of_weights_that_were_trained_on_are_not_taken_for_those_of_the_new(trained, tmp_path):
+    folder, dataset, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+    evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+    (tmp_path / "run" / "selector" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds results with weights="):
+        evaluate(arguments(tmp_path / "run", dataset, tmp_path))
+
+
+def test_ranking_measures_need_positives(trained, tmp_path):
+    pytest.importorskip("ir_measures")
+    folder, dataset, _ = trained
+    with pytest.raises(DatasetError, match="need a column positive_ids"):
+        evaluate(arguments(folder, dataset, tmp_path, ranking_measures=["RR@2"]))
+    rows = dataset.to_list()
+    for row in rows:
+        row["positive_ids"] = [row["documents"][0]["id"]]
+    (tmp_path / "other").mkdir()
+    summary = evaluate(arguments(folder, dataset.from_list(rows), tmp_path / "other", ranking_measures=["R@2"]))
+    assert summary["metrics"]["R@2"] == summary["metrics"]["support_recall@2"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dataset_name": "d"}, "nothing to evaluate"),
+        ({"generator": "g", "dataset_name": "d"}, "alone selects nothing"),
+        ({"model": "m"}, "pass either --dataset_name"),
+        ({"model": "m", "questions": "q"}, "go together"),
+        ({"model": "m", "dataset_name": "d", "num_selected": 0}, "at least 1"),
+        ({"model": "m", "dataset_name": "d", "generator": "g", "revision": "r"}, "--revision is that of --model"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(**settings)
+
+
+def test_arguments_come_from_the_command_line():
+    [args] = TrlParser((EvaluationArguments,)).parse_args_and_config(
+        ["--model", "m", "--dataset_name", "d", "--context_reliance", "False", "--ranking_measures", "RR", "nDCG@5"]
+    )
+    assert args.context_reliance is False and args.ranking_measures == ["RR", "nDCG@5"]

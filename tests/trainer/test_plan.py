@@ -1,0 +1,94 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from peft import LoraConfig
+
+from trl_dro import DROConfig
+from trl_dro.model.rag_model import RAGModel
+from trl_dro.trainer.inputs import check_inputs
+from trl_dro.trainer.plan import Lengths, Models, _count_steps, make_plan
+
+from ..tiny_models import bpe_tokenizer, tiny_llama
+from .test_cost import make_questions
+
+
+TOKENIZER = bpe_tokenizer(split_digits=False)
+MODEL = tiny_llama(TOKENIZER)
+MODELS = Models(
+    MODEL.config, None, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), torch.float32, None
+)
+
+
+def config(tmp_path, **settings):
+    defaults = {"num_selected": 3, "max_candidates": 8, "num_permutations": 4, "use_cpu": True, "report_to": "none"}
+    return DROConfig(str(tmp_path), **(defaults | settings))
+
+
+def rows(args, num_questions=20, num_processes=1):
+    plan = make_plan(MODELS, args, Lengths.of_settings(args), num_questions, 5, num_processes)
+    return dict(plan.rows)
+
+
+def test_counted_lengths_are_those_that_the_trainer_goes_by(tmp_path):
+    args, questions = config(tmp_path, max_answer_length=8), make_questions()
+    _, codec, prompts = check_inputs(MODEL, None, TOKENIZER, args, questions, None)
+    lengths = Lengths.of_data(questions, args, prompts, codec)
+    rag = RAGModel(None, {}, prompts, codec, torch.device("cpu"))
+    answer = len(TOKENIZER("Anna Brown").input_ids) + 1
+    for record, most in zip(questions.to_list(), rag.question_lengths(questions.to_list(), 1), strict=True):
+        selector = len(prompts["selector"](record["question"], record["documents"]))
+        assert most == selector + codec.max_length <= lengths.selector_prompt[1] + lengths.permutation
+    assert lengths.counted == "counted" and lengths.selector_prompt[0] <= lengths.selector_prompt[1]
+    assert lengths.generator_row[1] == answer + max(
+        len(prompts["generator"](record["question"], record["documents"][:3])) for record in questions
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, num_processes, updates, blocks",
+    [
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 4}, 1, 5, 5),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 4}, 2, 6, 6),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 5}, 1, 4, 20),
+        ({"num_train_epochs": 3, "per_device_train_batch_size": 4, "steps_per_estimation": -1}, 1, 15, 3),
+        ({"max_steps": 7, "per_device_train_batch_size": 4}, 1, 7, 7),
+    ],
+)
+def test_updates_and_e_steps_are_counted(tmp_path, settings, num_processes, updates, blocks):
+    shown = rows(config(tmp_path, **settings), num_processes=num_processes)
+    assert shown["run"] == f"{updates} updates, {blocks} E-steps"
+    assert shown["questions"] == "20 to train on, 5 to evaluate on"
+
+
+@pytest.mark.parametrize(
+    "settings, visits",
+    [({"num_train_epochs": 3}, 60), ({"num_train_epochs": 1, "maximization_epochs": 2}, 40), ({"max_steps": 2}, 8)],
+)
+def test_work_of_a_run_is_that_of_every_visit_to_a_question(tmp_path, settings, visits):
+    args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **settings)
+    assert _count_steps(args, 20, 1)[2] == visits
+
+
+def test_a_run_of_unknown_length_has_the_work_of_an_update_alone(tmp_path):
+    shown = rows(config(tmp_path), num_questions=None)
+    assert "work of an update" in shown and not {"run", "questions", "time of the run"} & shown.keys()
+
+
+def test_what_lowers_memory_lowers_the_estimate(tmp_path):
+    def peak(**settings):
+        args = config(tmp_path, per_device_train_batch_size=4, **settings)
+        return make_plan(MODELS, args, Lengths.of_settings(args), 20, 5, 1).peak
+
+    usual = peak()
+    for settings in (
+        {"gradient_checkpointing": True},
+        {"num_permutations": 2},
+        {"max_document_length": 40},
+        {"max_candidates": 4},
+        {"max_tokens_per_forward": 3000},
+        {"train_selector": False},
+        {"train_generator": False},
+    ):
+        lower = {"gradient_checkpointing": False} | settings
+        assert peak(**lower) < peak(gradient_checkpointing=False), settings
+    assert usual == peak(gradient_checkpointing=True)

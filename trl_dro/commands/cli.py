@@ -1,0 +1,105 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""The command line: `trl-dro COMMAND --help`."""
+
+import difflib
+import inspect
+import logging
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+from .arguments import LaunchArguments, Parser, one_line
+
+
+# Module, dataclasses of arguments and function of each command. Models take seconds to import: only where used.
+COMMANDS = {
+    "retrieve": ("trl_dro.commands.retrieve", "RetrieveArguments", "retrieve"),
+    "warmup": ("trl_dro.commands.warmup", "WarmUpArguments SFTConfig ModelConfig", "warm_up"),
+    "train": ("trl_dro.commands.train", "TrainArguments DROConfig ModelConfig", "train"),
+    "evaluate": ("trl_dro.commands.evaluate", "EvaluationArguments", "evaluate"),
+    "predict": ("trl_dro.commands.predict", "PredictArguments", "predict"),
+    "serve": ("trl_dro.commands.serve", "ServeArguments", "serve"),
+    "report": ("trl_dro.commands.report", "ReportArguments", "report"),
+    "env": ("trl_dro.commands.env", "EnvironmentArguments", "print_environment"),
+}
+USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
+
+
+def main() -> None:
+    """Entry point of `trl-dro`. Commands that train are started in a process for each GPU where there are several."""
+    run(sys.argv[1:], may_launch=True)
+
+
+def run(arguments: list[str], may_launch: bool = False) -> None:
+    """
+    Runs a command.
+
+    Args:
+        arguments (`list[str]`):
+            Command and its flags.
+        may_launch (`bool`, *optional*, defaults to `False`):
+            Whether this process may start others, and is not one that was started so.
+
+    Raises:
+        `SystemExit`: with code 1 and one line if the command fails, with code 2 if it was called wrongly.
+    """
+    name, *arguments = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    module, _, function = COMMANDS[name]
+    # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        parsed = make_parser(name).parse_args_and_config(arguments)
+        if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
+            launch(parsed[0], [name, *arguments])
+        else:
+            getattr(import_module(module), function)(*parsed)
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
+        sys.exit(f"trl-dro {name}: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
+
+
+def make_parser(name: str) -> Parser:
+    """The parser of a command."""
+    module, dataclass_names, function = COMMANDS[name]
+    types = [getattr(import_module(module), each) for each in dataclass_names.split()]
+    description = (inspect.getdoc(getattr(import_module(module), function)) or "").partition("\n\n")[0]
+    return Parser(types, prog=f"trl-dro {name}", description=description)
+
+
+def launches(args: Any) -> bool:
+    """Whether a command is to run in processes of their own."""
+    import torch
+
+    if args.dry_run:
+        return False
+    return args.accelerate_config is not None or (args.num_processes or torch.cuda.device_count()) > 1
+
+
+def launch(args: LaunchArguments, arguments: list[str]) -> None:
+    """Starts a command in several processes, as `accelerate launch -m trl_dro.commands.cli` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    flags = ["--quiet"]  # the process that failed has told why
+    if args.accelerate_config is not None:
+        flags += ["--config_file", args.accelerate_config]
+    if args.num_processes is not None:
+        flags += ["--num_processes", str(args.num_processes)]
+        if args.accelerate_config is None and args.num_processes > 1:
+            flags.append("--multi_gpu")
+    launch_command(launch_command_parser().parse_args([*flags, "-m", "trl_dro.commands.cli", *arguments]))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

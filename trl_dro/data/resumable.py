@@ -1,0 +1,121 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""A file of one line per question that grows batch by batch: a killed command goes on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .storage import write_whole
+
+
+SETTINGS_FILE = "settings.json"
+
+Row = dict[str, Any]
+
+
+def complete_rows(
+    path: Path,
+    num_rows: int,
+    settings: dict[str, Any],
+    work: Callable[[list[int]], Iterable[tuple[list[int], list[Row]]]],
+    description: str,
+) -> list[Row]:
+    """
+    The lines of a file, one for each of `num_rows` questions in their order. Those that an earlier call left are kept,
+    the others are made and written as they come, to a file beside it until all are there.
+
+    Args:
+        path (`Path`):
+            File, jsonl. Its folder also gets `settings.json`.
+        num_rows (`int`):
+            Questions.
+        settings (`dict`):
+            What tells this result from others; a folder that was begun with other settings is refused.
+        work (`Callable`):
+            Takes the rows that are left, at least one, and yields batches of rows with their results.
+        description (`str`):
+            Of the progress bar.
+
+    Returns:
+        `list[dict]`: the results, each with its `row`.
+
+    Raises:
+        `ValueError`: the folder holds results of other settings.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(f".partial{path.suffix}")
+    _claim(path, partial_path, json.loads(json.dumps(settings)))
+    done = {row["row"]: row for row in _whole_lines(path if path.is_file() else partial_path)}
+    left = [row for row in range(num_rows) if row not in done]
+    if left:
+        with (
+            open(partial_path, "a", encoding="utf-8") as file,
+            tqdm(total=num_rows, initial=len(done), desc=description, unit="question") as progress,
+        ):
+            for rows, results in work(left):
+                for row, result in zip(rows, results, strict=True):
+                    done[row] = {"row": row, **result}
+                    file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
+                file.flush()
+                progress.update(len(rows))
+    results = [done[row] for row in range(num_rows)]
+    if not path.is_file():
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+    partial_path.unlink(missing_ok=True)
+    return results
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there."""
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_stamp(*names: str | None) -> str | None:
+    """Tells weights in local folders from others that were written to the same folders later."""
+    files = [path for name in names if name and Path(name).is_dir() for path in Path(name).rglob("*.safetensors")]
+    kept = [path for path in sorted(files) if not any(part.startswith("checkpoint-") for part in path.parts)]
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in kept or sorted(files)]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest() if stamps else None
+
+
+def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
+    """Hash of what is asked: the same questions and documents have the same, wherever they come from."""
+    digest = hashlib.sha256()
+    for record in dataset.select_columns(list(columns)):
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _claim(path: Path, partial_path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of new results, or raises if the folder has others."""
+    folder = path.parent
+    claimed = folder / SETTINGS_FILE
+    if not claimed.is_file():
+        if path.exists() or partial_path.exists():
+            raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
+        write_json(claimed, settings)
+        return
+    before = json.loads(claimed.read_text(encoding="utf-8"))
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"{folder} holds results with {name}={before.get(name)!r}, not {settings.get(name)!r}: name another "
+                "output_dir, or delete that folder"
+            )
+
+
+def _whole_lines(path: Path) -> list[Row]:
+    """Lines of a file whose last one may have been cut; that one is removed from the file too."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "rb+") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]

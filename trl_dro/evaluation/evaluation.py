@@ -1,0 +1,139 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""A whole system evaluated on a dataset: any selector or none, any generator, resumable, one line per question."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..data import validate_dataset
+from ..data.resumable import complete_rows, fingerprint
+from ..model.prompts import question_text
+from ..model.rag_model import RAGModel, chunk_rows
+from ..system.pipeline import RAGPipeline
+from ..system.rag_config import RAGConfig
+from .scoring import Selection, score_question, select
+
+
+QUESTIONS_FILE = "questions.jsonl"
+SUMMARY_FILE = "summary.json"
+
+Scored = dict[str, Any]
+
+
+def evaluate(
+    load: Callable[[], RAGPipeline],
+    dataset: Dataset,
+    output_dir: str | Path,
+    selection: Selection = "selector",
+    context_reliance: bool = True,
+    tokens_per_batch: int = 16384,
+    settings: dict[str, Any] | None = None,
+) -> list[Scored]:
+    """
+    Answers and scores every question of a dataset, one line of `questions.jsonl` each.
+
+    Args:
+        load (`Callable`):
+            Loads the system; called only if questions are left.
+        dataset (`Dataset`):
+            Questions with `question`, `answers` and `documents`; `id` and `positive_ids` are used if they are there.
+        output_dir (`str` or `Path`):
+            Folder of the results. Questions that are answered there already are not asked again.
+        selection (`str`, *optional*, defaults to `"selector"`):
+            Who selects, see [`~scoring.select`].
+        context_reliance (`bool`, *optional*, defaults to `True`):
+            Whether to score the gold answer with and without the documents.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Prompt tokens computed at a time.
+        settings (`dict`, *optional*):
+            What tells this evaluation from others; a folder that was begun with other settings is refused.
+
+    Returns:
+        `list[dict]`: one dict per question in the order of the dataset, as in the file.
+
+    Raises:
+        `DatasetError`: the dataset is malformed.
+        `ValueError`: `output_dir` holds another evaluation.
+    """
+    validate_dataset(dataset, 1, "dataset")
+    asked = fingerprint(dataset, ("question", "answers", "documents"))
+
+    def work(left: list[int]) -> Iterator[tuple[list[int], list[Scored]]]:
+        pipe = load()
+        validate_dataset(dataset, pipe.config.num_selected, "dataset")
+        for rows, records in batches(pipe, dataset, left, tokens_per_batch):
+            yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, records)
+
+    own = {"selection": selection, "dataset_sha256": asked, **(settings or {})}
+    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating")
+
+
+def batches(
+    pipe: RAGPipeline, dataset: Dataset, rows: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Rows and their records in batches of similar length, the longest first: too little memory shows at once."""
+    rows = sorted(rows, key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"]))
+    for start in range(0, len(rows), 256):
+        block = list(rows[start : start + 256])
+        records = [
+            {**record, "documents": record["documents"][: pipe.config.max_candidates]}
+            for record in (dataset[row] for row in block)
+        ]
+        lengths = [len(pipe.rag.prompts["selector"](record["question"], record["documents"])) for record in records]
+        for chunk in chunk_rows(lengths, tokens_per_batch):
+            yield [block[i] for i in chunk], [records[i] for i in chunk]
+
+
+@torch.no_grad()
+def _score_batch(
+    rag: RAGModel,
+    config: RAGConfig,
+    selection: Selection,
+    context_reliance: bool,
+    records: list[dict[str, Any]],
+) -> list[Scored]:
+    start = time.perf_counter()
+    permutations = select(rag, records, selection)  # [B, K]
+    answers = rag.answer(records, permutations, config.max_answer_length)
+    seconds = (time.perf_counter() - start) / len(records)
+    logps: list[tuple[float, float]] = []
+    if context_reliance:
+        targets = [record["answers"][:1] for record in records]
+        none = torch.empty(len(records), 1, 0, dtype=torch.long)
+        with_documents = rag.answer_logps(records, targets, permutations.unsqueeze(1))[:, 0].tolist()
+        without = rag.answer_logps(records, targets, none)[:, 0].tolist()
+        logps = list(zip(with_documents, without, strict=True))
+    rows = []
+    for i, (record, permutation, answer) in enumerate(zip(records, permutations.tolist(), answers, strict=True)):
+        row: Scored = {
+            "id": record.get("id"),
+            "question": question_text(record["question"]),
+            "answers": record["answers"],
+            "prediction": answer,
+            "selected": permutation,
+            "selected_ids": [record["documents"][place - 1].get("id") for place in permutation],
+            "positive_ids": record.get("positive_ids"),
+            **score_question(record, permutation, answer),
+        }
+        if context_reliance:
+            row["answer_logp"], row["answer_logp_without_documents"] = logps[i]
+            row["context_gain"] = logps[i][0] - logps[i][1]
+        rows.append(row | {"seconds": seconds, "tokens": _count_tokens(rag, record, permutation, answer, selection)})
+    return rows
+
+
+def _count_tokens(
+    rag: RAGModel, record: dict[str, Any], permutation: list[int], answer: str, selection: Selection
+) -> int:
+    """Tokens read and written for one question, padding and the scoring of the gold answer left out."""
+    documents = [record["documents"][place - 1] for place in permutation]
+    tokens = len(rag.prompts["generator"](record["question"], documents))
+    tokens += len(rag.tokenizers["generator"](answer, add_special_tokens=False).input_ids) + 1
+    if selection == "selector":
+        tokens += len(rag.prompts["selector"](record["question"], record["documents"]))
+        tokens += len(rag.codec.encode(permutation, len(record["documents"]))[0])
+    return tokens

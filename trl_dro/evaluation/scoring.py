@@ -1,0 +1,171 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Questions answered by both roles, and how good their documents and answers are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
+from ..model.importance import elbo, iwae_bound
+from ..model.rag_model import RAGModel
+
+
+Selection = Literal["selector", "retriever", "oracle"]
+
+
+def answer_and_score(
+    rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
+) -> tuple[list[str], dict[str, Tensor]]:
+    """
+    Selects greedily, answers greedily, and scores both.
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            Both roles, in evaluation mode.
+        questions (`list[dict]` of length `B`):
+            Records with their candidates in retrieval order.
+        max_answer_length (`int`):
+            Tokens to generate at most.
+
+    Returns:
+        `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`.
+    """
+    selected = select(rag, questions)  # [B, K]
+    answers = rag.answer(questions, selected, max_answer_length)
+    scores = []
+    for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True):
+        documents = question["documents"]
+        scores.append(
+            score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
+        )
+    return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
+
+
+def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str, Tensor]:
+    """
+    Bounds on the log-likelihood of answers, by sampled permutations.
+
+    Args:
+        answer_logps (`Tensor` of shape `(B, m)`):
+            Log-likelihood of each question's answer under each permutation, in nats.
+        proposal_correction (`Tensor` of shape `(B, m)`):
+            See [`~importance.iwae_bound`].
+
+    Returns:
+        `dict[str, Tensor]`: `elbo`, `iwae_bound` and `loss`, which is minus the latter, each of shape `(B,)` in nats;
+        NaN for a question with a likelihood that is not finite.
+    """
+    usable = (answer_logps + proposal_correction).isfinite().all(dim=-1)
+    scores = {}
+    for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
+        scores[name] = torch.full_like(answer_logps[:, 0], float("nan"))
+        scores[name][usable] = bound(answer_logps[usable], proposal_correction[usable])
+    return {**scores, "loss": -scores["iwae_bound"]}
+
+
+def recall_cutoffs(num_selected: int) -> list[int]:
+    """
+    Cut-offs of Recall@k that can be reported for `num_selected` documents: 1, 3 and 5 as far as they go, and
+    `num_selected` itself below 5.
+    """
+    return sorted({k for k in (1, 3, 5) if k <= num_selected} | {min(5, num_selected)})
+
+
+def score_prediction(
+    prediction: str, selected: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]], answers: Sequence[str]
+) -> dict[str, float]:
+    """
+    Scores of one answered question.
+
+    Args:
+        prediction (`str`):
+            Generated answer.
+        selected (`list[dict]`):
+            Documents the selector chose, in its order.
+        candidates (`list[dict]`):
+            Documents in retrieval order.
+        answers (`list[str]`):
+            Gold answers.
+
+    Returns:
+        `dict[str, float]`: `em`, `f1`, `recall@k` of the selector and `retriever_recall@k`, each from 0 to 1.
+    """
+    scores = {"em": exact_match(prediction, answers), "f1": f1(prediction, answers)}
+    for k in recall_cutoffs(len(selected)):
+        scores[f"recall@{k}"] = recall_at_k([document["text"] for document in selected], answers, k)
+        scores[f"retriever_recall@{k}"] = recall_at_k([document["text"] for document in candidates], answers, k)
+    return scores
+
+
+def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Selection = "selector") -> Tensor:
+    """
+    Documents chosen greedily by the selector, or without it.
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            Both roles, in evaluation mode.
+        questions (`list[dict]` of length `B`):
+            Records with their candidates in retrieval order.
+        selection (`str`, *optional*, defaults to `"selector"`):
+            `"selector"`; `"retriever"`, the first candidates; or `"oracle"`, the relevant ones first, see
+            [`is_relevant`].
+
+    Returns:
+        `Tensor` of shape `(B, K)`: places in `documents`, from 1.
+    """
+    if selection == "selector":
+        return rag.sample(questions, 1, greedy=True).permutations[:, 0]
+    orders = [list(range(1, len(question["documents"]) + 1)) for question in questions]
+    if selection == "oracle":
+        for order, question in zip(orders, questions, strict=True):
+            relevant = [is_relevant(document, question) for document in question["documents"]]
+            order.sort(key=lambda i: not relevant[i - 1])  # noqa: B023 (used at once)
+    return torch.tensor([order[: rag.codec.num_selected] for order in orders])
+
+
+def is_relevant(document: Mapping[str, Any], question: Mapping[str, Any]) -> bool:
+    """Whether a document is among the `positive_ids` of its question or, where there are none, contains an answer."""
+    if question.get("positive_ids"):
+        return document.get("id") in question["positive_ids"]
+    return has_answer(document["text"], question["answers"])
+
+
+def score_question(question: dict[str, Any], permutation: Sequence[int], prediction: str) -> dict[str, Any]:
+    """
+    All that text alone tells about one answered question.
+
+    Args:
+        question (`dict`):
+            Record with its candidates in retrieval order.
+        permutation (`list[int]`):
+            Selected places in `documents`, from 1.
+        prediction (`str`):
+            Generated answer.
+
+    Returns:
+        `dict[str, Any]`: the scores of [`score_prediction`]; `support_recall@k` where the record has `positive_ids`;
+        `answer_in_documents`, whether the prediction stands in a selected document; and `outcome`, one of `correct`,
+        `not_retrieved` (no candidate contains a gold answer), `not_selected` (no selected document does) and
+        `not_answered`.
+    """
+    candidates = question["documents"]
+    selected = [candidates[i - 1] for i in permutation]
+    scores: dict[str, Any] = score_prediction(prediction, selected, candidates, question["answers"])
+    if question.get("positive_ids"):
+        for k in recall_cutoffs(len(selected)):
+            ids = [str(document.get("id")) for document in selected]
+            scores[f"support_recall@{k}"] = recall_of_ids_at_k(ids, question["positive_ids"], k)
+    scores["answer_in_documents"] = float(any(has_answer(document["text"], [prediction]) for document in selected))
+
+    def found(documents: Sequence[dict[str, Any]]) -> bool:
+        return any(has_answer(document["text"], question["answers"]) for document in documents)
+
+    if scores["em"] == 1.0:
+        scores["outcome"] = "correct"
+    elif not found(candidates):
+        scores["outcome"] = "not_retrieved"
+    else:
+        scores["outcome"] = "not_answered" if found(selected) else "not_selected"
+    return scores

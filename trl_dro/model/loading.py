@@ -1,0 +1,143 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What a model can read and what it is asked, known before its weights are loaded."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .permutation import PermutationCodec
+from .prompts import PromptBuilder, Template
+from .roles import ROLES, Role
+from .shared_prefix import check_layers
+
+
+def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer with a padding token, which only fills masked places.
+
+    Raises:
+        `TypeError`: not a tokenizer (a processor of a vision-language model, say).
+        `ValueError`: it has no end-of-sequence token, without which no answer ever ends.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`processing_class` must be a tokenizer, not {type(tokenizer).__name__}")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no eos token, so no answer would ever end: set tokenizer.eos_token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(
+    model: str | PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """
+    Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit.
+
+    Raises:
+        `ValueError`: an encoder-decoder model, which cannot write on from a prompt, or one with layers in which
+            permutations cannot share their prompt.
+    """
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    else:
+        config = model.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
+    check_layers(config)
+    return longest_sequence(config)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a model can read; `None` if it has no limit."""
+    # Models without absolute or rotary positions do not have the attribute.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def build_prompts(
+    tokenizers: dict[Role, PreTrainedTokenizerBase],
+    codec: PermutationCodec,
+    contexts: dict[Role, int | None],
+    templates: dict[Role, Template],
+    max_answer_length: int,
+    max_prompt_length: int | None = None,
+    max_document_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> dict[Role, PromptBuilder]:
+    """
+    Prompt builder of each role, limited to what the model's context leaves beside the completion.
+
+    Args:
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizer of each role.
+        codec ([`~permutation.PermutationCodec`]):
+            Form of permutations, the selector's completions.
+        contexts (`dict[str, int]`):
+            Longest sequence of each role's model in tokens; `None` for no limit.
+        templates (`dict[str, str or Callable]`):
+            Template of each role.
+        max_answer_length (`int`):
+            Longest answer in tokens.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens; by default as much as fits.
+        max_document_length (`int`, *optional*):
+            Longest document in tokens.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the tokenizer's chat template.
+
+    Returns:
+        `dict[str, PromptBuilder]`
+
+    Raises:
+        `ValueError`: a template is malformed, or `max_prompt_length` does not leave room for the completion.
+    """
+    completion_lengths = {"selector": codec.max_length, "generator": max_answer_length + 1}
+    return {
+        role: PromptBuilder(
+            tokenizers[role],
+            templates[role],
+            codec.num_selected,
+            max_length=_prompt_limit(role, contexts[role], completion_lengths[role], max_prompt_length),
+            max_document_length=max_document_length,
+            chat_template_kwargs=chat_template_kwargs or {},
+        )
+        for role in ROLES
+    }
+
+
+def _prompt_limit(role: str, context: int | None, completion_length: int, max_prompt_length: int | None) -> int | None:
+    """
+    Longest prompt of a role in tokens.
+
+    Args:
+        role (`str`):
+            Named in the error.
+        context (`int`, *optional*):
+            Longest sequence of the model.
+        completion_length (`int`):
+            Longest completion.
+        max_prompt_length (`int`, *optional*):
+            The user's limit; `None` for as much as fits.
+
+    Returns:
+        `int` or `None`: tokens.
+
+    Raises:
+        `ValueError`: the user's limit does not leave room for the completion.
+    """
+    if context is None:
+        return max_prompt_length
+    room = context - completion_length
+    if room < 1:
+        raise ValueError(
+            f"a completion of {completion_length} tokens leaves no room for a prompt in the {role}'s context of "
+            f"{context} tokens: lower {'num_selected' if role == 'selector' else 'max_answer_length'}"
+        )
+    if max_prompt_length is None:
+        return room
+    if max_prompt_length > room:
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} and a completion of {completion_length} tokens exceed the "
+            f"{role}'s context of {context} tokens: set max_prompt_length to {room} or less"
+        )
+    return max_prompt_length

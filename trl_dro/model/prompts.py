@@ -1,0 +1,321 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Selector and generator prompts: a question and its documents in, token ids out.
+
+Both roles read the same document block, `[1] title`, newline, `text`, and so on. The tokenizer's chat template is
+used when it has one, plain text otherwise. Documents that do not fit are shortened to a common number of tokens, so
+that none is lost whole.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+
+# The question stands before and after the documents: a causal model reads them knowing what to look for.
+SELECTOR_TEMPLATE = (
+    "Question: {question}\n\n"
+    "Passages:\n{documents}\n\n"
+    "Question: {question}\n"
+    "Rank the {num_selected} of the {num_documents} passages above that help most to answer the question, best first. "
+    "Write only their ids, like this: {format}\n"
+)
+GENERATOR_TEMPLATE = (
+    "Passages:\n{documents}\n\n"
+    "Question: {question}\n"
+    "Answer the question with the passages above. Write only the answer, as short as possible.\n"
+    "Answer:\n"
+)
+
+# Questions are refused beforehand if their documents would have to be cut below the first. A cut can encode to more
+# tokens than it was cut to, so prompts are refused only below the second.
+MIN_DOCUMENT_TOKENS = 8
+LEAST_DOCUMENT_TOKENS = 6
+
+Template = str | Callable[..., str | list[dict[str, str]]]
+Question = str | list[dict[str, str]]
+
+
+class PromptTooLongError(ValueError):
+    """A question whose prompt exceeds the limit however short its documents are cut."""
+
+
+class PromptBuilder:
+    """
+    Writes the prompts of one role.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the role's model.
+        template (`str` or `Callable`):
+            Format string with the fields `{question}` and `{documents}`, and any of `{num_documents}`,
+            `{num_selected}`, `{format}` (the shape of a permutation, `[id] > [id]`); or a function that takes these
+            as keyword arguments and returns the text of the user's message or a list of chat messages.
+        num_selected (`int`):
+            Number of documents in a permutation, K.
+        max_length (`int`, *optional*):
+            Longest prompt, in tokens. Documents are shortened evenly, longest first, until it fits.
+        max_document_length (`int`, *optional*):
+            Longest document (title and text), in tokens.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the tokenizer's chat template, e.g. `{"enable_thinking": False}`.
+
+    Raises:
+        `ValueError`: the template has an unknown field, or lacks `{question}` or `{documents}`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        num_selected: int,
+        max_length: int | None = None,
+        max_document_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.template = template
+        self.num_selected = num_selected
+        self.max_length = max_length
+        self.max_document_length = max_document_length
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        check_template(template)
+
+    def __call__(self, question: Question, documents: Sequence[dict[str, Any]]) -> list[int]:
+        """
+        Prompt for one question.
+
+        Args:
+            question (`str` or `list[dict]`):
+                Question, or the messages of a dialogue that ends with the user's turn.
+            documents (`list[dict]`):
+                Documents with a `text` and an optional `title`, in the order in which they are numbered.
+
+        Returns:
+            `list[int]`: token ids, ready for the completion to be appended.
+
+        Raises:
+            [`PromptTooLongError`]: the prompt exceeds `max_length` with every document cut to `LEAST_DOCUMENT_TOKENS`.
+        """
+        return self._fit(question, documents)[1]
+
+    def write(self, question: Question, documents: Sequence[dict[str, Any]]) -> str | list[dict[str, str]]:
+        """
+        The prompt of [`~PromptBuilder.__call__`] as trainers and servers take it, who encode it themselves: chat
+        messages if the tokenizer has a chat template, else a text.
+        """
+        return self._fit(question, documents)[0]
+
+    def _fit(
+        self, question: Question, documents: Sequence[dict[str, Any]]
+    ) -> tuple[str | list[dict[str, str]], list[int]]:
+        """The prompt with its documents cut so that it fits, written and encoded."""
+        bodies = [document_body(document) for document in documents]
+        encoded = self._encode_bodies(bodies)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        limit = max(lengths, default=0) if self.max_document_length is None else self.max_document_length
+        prompt = self._write(question, self._truncate(bodies, encoded, limit))
+        ids = self._encode(prompt)
+        # Tokens at a cut can merge with their neighbours, so the budget is met by trying, seldom more than twice.
+        while self.max_length is not None and len(ids) > self.max_length:
+            if limit <= LEAST_DOCUMENT_TOKENS:
+                raise PromptTooLongError(self._too_long(len(ids), len(documents), limit))
+            spare = sum(min(length, limit) for length in lengths) - (len(ids) - self.max_length)
+            limit = max(LEAST_DOCUMENT_TOKENS, min(limit - 1, even_limit(lengths, spare)))
+            prompt = self._write(question, self._truncate(bodies, encoded, limit))
+            ids = self._encode(prompt)
+        return prompt, ids
+
+    def check_fits(self, question: Question, num_documents: int) -> None:
+        """
+        Raises [`PromptTooLongError`] if `question` with `num_documents` documents of `MIN_DOCUMENT_TOKENS` tokens
+        exceeds `max_length`.
+        """
+        # Numbers stay one or more tokens each in any vocabulary.
+        documents = ["1 " * MIN_DOCUMENT_TOKENS] * num_documents
+        encoded = self._encode_bodies(documents)
+        length = len(self._encode(self._write(question, self._truncate(documents, encoded, MIN_DOCUMENT_TOKENS))))
+        if self.max_length is not None and length > self.max_length:
+            raise PromptTooLongError(self._too_long(length, num_documents, MIN_DOCUMENT_TOKENS))
+
+    def _too_long(self, length: int, num_documents: int, limit: int) -> str:
+        return (
+            f"the prompt has {length} tokens with each of the {num_documents} documents cut to {limit} tokens, more "
+            f"than the limit of {self.max_length}: raise max_prompt_length, use fewer candidates, or shorten the "
+            "question"
+        )
+
+    def _encode_bodies(self, bodies: list[str]) -> dict[str, Any]:
+        if not bodies:  # no documents, to see what a model answers without
+            return {"input_ids": [], "offset_mapping": []}
+        # Only the "fast" tokenizers know where in the text a token ends.
+        return self.tokenizer(
+            bodies, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
+        )
+
+    def _truncate(self, bodies: list[str], encoded: dict[str, Any], limit: int) -> list[str]:
+        truncated = []
+        for i, (body, ids) in enumerate(zip(bodies, encoded["input_ids"], strict=True)):
+            if len(ids) <= limit:
+                truncated.append(body)
+            elif self.tokenizer.is_fast:
+                offsets = encoded["offset_mapping"][i]
+                # A character of several tokens is kept whole or left out, and something is kept of each document.
+                truncated.append(body[: max(1, min(offsets[limit - 1][1], offsets[limit][0]))])
+            else:
+                truncated.append(str(self.tokenizer.decode(ids[:limit])))
+        return truncated
+
+    def _write(self, question: Question, bodies: list[str]) -> str | list[dict[str, str]]:
+        fields = {
+            "question": question_text(question),
+            "documents": "\n".join(f"[{i}] {body}" for i, body in enumerate(bodies, start=1)),
+            "num_documents": len(bodies),
+            "num_selected": self.num_selected,
+            "format": " > ".join(["[id]"] * self.num_selected),
+        }
+        content = render(self.template, fields)
+        if self.tokenizer.chat_template is None:
+            return content if isinstance(content, str) else question_text(content) + "\n"
+        return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+    def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(
+                self.tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
+                )
+            )
+        ids = list(self.tokenizer(prompt, verbose=False).input_ids)
+        # Some tokenizers close every text with eos, which would end the prompt before the completion.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+
+def check_lengths(
+    dataset: Dataset,
+    name: str,
+    builders: Iterable[tuple[PromptBuilder, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    all_answers: bool,
+) -> None:
+    """
+    Checks before any model is loaded that the longest question fits the prompts and every target answer its limit.
+
+    Args:
+        dataset (`Dataset`):
+            Dataset with the columns `question` and `answers`.
+        name (`str`):
+            What the dataset is called in error messages.
+        builders (`Iterable[tuple[PromptBuilder, int]]`):
+            Prompt builders and the number of documents that each shows at most.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        max_answer_length (`int`):
+            Longest answer in tokens.
+        all_answers (`bool`):
+            Whether every alias is a training target, not the first one alone.
+
+    Raises:
+        [`PromptTooLongError`]: a question does not fit even with every document cut to `MIN_DOCUMENT_TOKENS`.
+        `ValueError`: an answer is longer than `max_answer_length`.
+    """
+    builders = list(builders)
+    longest = [(0, 0)] * len(builders)  # tokens and row of the longest question, by each builder's tokenizer
+    row = 0
+    for batch in dataset.select_columns(["question", "answers"]).iter(batch_size=1000):
+        questions = [question_text(question) for question in batch["question"]]
+        for i, (builder, _) in enumerate(builders):
+            question_lengths = [len(ids) for ids in builder.tokenizer(questions, verbose=False).input_ids]
+            longest[i] = max(longest[i], *zip(question_lengths, range(row, row + len(questions)), strict=True))
+        targets = [answers if all_answers else answers[:1] for answers in batch["answers"]]
+        flat = tokenizer([answer for answers in targets for answer in answers], add_special_tokens=False).input_ids
+        lengths = iter(len(ids) for ids in flat)
+        for answers in targets:
+            for position, length in enumerate(itertools.islice(lengths, len(answers))):
+                if length > max_answer_length:
+                    raise ValueError(
+                        f"{name}, row {row}, column answers[{position}]: has {length} tokens, more than "
+                        f"max_answer_length={max_answer_length}; raise the limit or drop the row"
+                    )
+            row += 1
+    for (builder, num_documents), (_, longest_row) in zip(builders, longest, strict=True):
+        try:
+            builder.check_fits(dataset[longest_row]["question"], num_documents)
+        except PromptTooLongError as error:
+            raise PromptTooLongError(f"{name}, row {longest_row}, column question: {error}") from None
+
+
+def check_template(template: Template) -> None:
+    """Raises `ValueError` if a format string has an unknown field, or lacks `{question}` or `{documents}`."""
+    if not isinstance(template, str):
+        return
+    # The first two are marks that no template contains by itself.
+    marks: dict[str, Any] = {"question": "\0q", "documents": "\0d"}
+    marks |= {"num_documents": 2, "num_selected": 1, "format": ""}
+    try:
+        text = template.format(**marks)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"prompt template {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
+            f"are {', '.join('{' + name + '}' for name in marks)}; write other braces twice"
+        ) from None
+    for name in ("question", "documents"):
+        if marks[name] not in text:
+            raise ValueError(f"prompt template {template[:60]!r} does not show the {name}: add {{{name}}}")
+
+
+def render(template: Template, fields: dict[str, Any]) -> str | list[dict[str, str]]:
+    """Template filled in: the user's message, or a list of chat messages if a function returns one."""
+    return template.format(**fields) if isinstance(template, str) else template(**fields)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of an answer and its end, encoded apart from the prompt so that no token spans both."""
+    return [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+
+
+def document_body(document: dict[str, Any]) -> str:
+    """Title, newline, text; the text alone when there is no title."""
+    title = document.get("title")
+    return f"{title}\n{document['text']}" if title else document["text"]
+
+
+def question_text(question: Question) -> str:
+    """A dialogue as one line per turn, `User: …`, `Assistant: …`; a plain question as it is."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in question)
+
+
+def even_limit(lengths: Sequence[int], budget: int) -> int:
+    """
+    Largest limit with `sum(min(length, limit)) <= budget`: short documents stay whole, long ones share the rest.
+
+    Args:
+        lengths (`list[int]`):
+            Document lengths in tokens.
+        budget (`int`):
+            Tokens for all documents together.
+
+    Returns:
+        `int`: tokens per document, at least 0.
+
+    Example:
+
+    ```python
+    >>> from trl_dro.model.prompts import even_limit
+
+    >>> even_limit([10, 100, 100], budget=110)
+    50
+    ```
+    """
+    remaining = sorted(lengths)
+    while remaining:
+        share = max(budget, 0) // len(remaining)
+        if remaining[0] > share:
+            return share
+        budget -= remaining.pop(0)
+    return max(lengths, default=0)

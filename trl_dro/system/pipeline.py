@@ -1,0 +1,414 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""A question and its candidate documents in, the selected documents and an answer out."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, overload
+
+import torch
+from transformers import TextIteratorStreamer
+
+from ..data.schema import DatasetError, Document, check_documents, check_question
+from ..model.prompts import Question, question_text
+from ..model.rag_model import RAGModel
+from ..model.roles import Role
+from ..model.shared_prefix import ReadPrompts
+from ..retrieval import Retriever
+from .rag_config import RAGConfig
+from .run_folder import LoadOptions, RoleSource, export_merged, find_role, load_rag, with_num_selected
+
+
+@dataclass
+class SelectedDocument:
+    """
+    One document of a selection.
+
+    Args:
+        id (`str`, *optional*):
+            Its id, if it has one.
+        title (`str`, *optional*):
+            Its title, if it has one.
+        text (`str`):
+            Its text.
+        position (`int`):
+            Its place among the candidates, from 1: the id that the selector wrote.
+        probability (`float`):
+            Probability with which the selector chose it next, given the question, the candidates and the documents
+            chosen before it.
+    """
+
+    id: str | None
+    title: str | None
+    text: str
+    position: int
+    probability: float
+
+
+@dataclass
+class RAGOutput:
+    """
+    An answered question.
+
+    Args:
+        answer (`str`):
+            Greedy answer.
+        documents (`list[SelectedDocument]`):
+            Selected documents in the selector's order, which is the order that the generator reads.
+    """
+
+    answer: str
+    documents: list[SelectedDocument]
+
+
+class RAGStream(NamedTuple):
+    """Selected documents, and an iterator over the pieces of the answer while it is written."""
+
+    documents: list[SelectedDocument]
+    pieces: Iterator[str]
+
+
+class RAGPipeline:
+    """
+    Selector and generator of a trained system, ready to answer. Several threads may share one pipeline: they take
+    turns.
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            Both roles, in evaluation mode.
+        config ([`~rag_config.RAGConfig`]):
+            Prompts and sizes.
+        retriever (`Retriever`, *optional*):
+            Object with `search(queries, k)` that finds the candidates of questions asked without documents.
+        sources (`dict[str, RoleSource]`, *optional*):
+            Where each role was loaded from, for [`~RAGPipeline.export_merged`].
+        options ([`~run_folder.LoadOptions`], *optional*):
+            How it was loaded.
+
+    Example:
+
+    ```python
+    from trl_dro import RAGPipeline
+
+    pipe = RAGPipeline.from_pretrained("llama3-dro")  # a run folder or a Hub repo
+    output = pipe("who wrote the origin of species", documents=[{"id": "7", "title": "…", "text": "…"}])
+    output.answer, [(document.id, document.probability) for document in output.documents]
+    ```
+    """
+
+    def __init__(
+        self,
+        rag: RAGModel,
+        config: RAGConfig,
+        retriever: Retriever | None = None,
+        sources: dict[Role, RoleSource] | None = None,
+        options: LoadOptions | None = None,
+    ):
+        self.rag = rag
+        self.config = config
+        self.retriever = retriever
+        self.sources = sources
+        self.options = options
+        self._by_num_selected = {config.num_selected: rag}
+        # Roles switch adapters of one model, which is a state that threads would share.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        selector: str | Path | None = None,
+        retriever: Retriever | None = None,
+        revision: str | None = None,
+        base_model: str | None = None,
+        options: LoadOptions | None = None,
+        **config: Any,
+    ) -> Self:
+        """
+        Loads a system from where training left it. If both roles share their base it is loaded once.
+
+        Args:
+            path (`str` or `Path`):
+                Run folder, checkpoint or Hub repo with `selector/` and `generator/`; or the generator alone.
+            selector (`str` or `Path`, *optional*):
+                Selector, if it is elsewhere: a folder or repo of a run, an adapter or a model.
+            retriever (`Retriever`, *optional*):
+                Finds the candidates of questions asked without documents.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the Hub repo `path`.
+            base_model (`str`, *optional*):
+                Base of the adapters, instead of the one they name.
+            options ([`~run_folder.LoadOptions`], *optional*):
+                Precision, device, quantization, token.
+            config:
+                Fields of [`~rag_config.RAGConfig`] to change.
+
+        Returns:
+            [`RAGPipeline`]
+
+        Raises:
+            `ValueError`: there is no such folder, repo or revision, it holds no model, or its base is unknown.
+        """
+        options = options or LoadOptions()
+        generator = find_role(path, "generator", revision, options.token, base_model)
+        if selector is None:
+            selector_source = find_role(path, "selector", revision, options.token, base_model)
+        else:
+            selector_source = find_role(selector, "selector", None, options.token, base_model)
+        saved = generator.config or selector_source.config
+        rag_config = RAGConfig.load(saved, config) if saved else RAGConfig(**config)
+        rag = load_rag(selector_source, generator, rag_config, options)
+        return cls(rag, rag_config, retriever, {"selector": selector_source, "generator": generator}, options)
+
+    @overload
+    def __call__(
+        self,
+        question: str,
+        documents: Sequence[Document | str] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
+    ) -> RAGOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        question: list[Any],
+        documents: Sequence[Any] | None = ...,
+        retriever: Retriever | None = ...,
+        batch_size: int = ...,
+    ) -> Any: ...
+
+    def __call__(self, question, documents=None, retriever=None, batch_size=8):
+        """
+        Selects documents and answers from them.
+
+        Args:
+            question (`str`, `list[dict]`, or a list of either):
+                A question, a dialogue (`{role, content}` messages that end with the user's), or several of them.
+            documents (`list[dict]` or `list[str]`, or one such list per question, *optional*):
+                Candidates in retrieval order, with `text` and optionally `id` and `title`. The first
+                `config.max_candidates` are looked at.
+            retriever (`Retriever`, *optional*):
+                Finds the candidates where no documents are given; by default the pipeline's own.
+            batch_size (`int`, *optional*, defaults to `8`):
+                Questions per forward.
+
+        Returns:
+            [`RAGOutput`], or a list of them for several questions.
+
+        Raises:
+            `DatasetError`: a question or a document is malformed, or there are no documents.
+            [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
+        """
+        several = isinstance(question, list) and not _is_dialogue(question)
+        questions = question if several else [question]
+        candidates = documents if several or documents is None else [documents]
+        records = self._records(questions, candidates, retriever or self.retriever)
+        outputs: list[RAGOutput] = []
+        for start in range(0, len(records), batch_size):
+            with self._lock:
+                outputs += self._answer(records[start : start + batch_size])
+        return outputs if several else outputs[0]
+
+    def select(
+        self,
+        questions: Sequence[Question],
+        documents: Sequence[Sequence[Document | str]],
+        batch_size: int = 8,
+    ) -> list[list[SelectedDocument]]:
+        """
+        Selects documents without answering; see [`~RAGPipeline.__call__`] for arguments and errors.
+
+        Returns:
+            `list[list[SelectedDocument]]`: one selection per question, best first.
+        """
+        records = self._records(questions, documents, None)
+        selections: list[list[SelectedDocument]] = []
+        for start in range(0, len(records), batch_size):
+            with self._lock:
+                selections += self._select(records[start : start + batch_size])
+        return selections
+
+    def stream(
+        self,
+        question: Question,
+        documents: Sequence[Document | str] | None = None,
+        retriever: Retriever | None = None,
+    ) -> RAGStream:
+        """
+        Selects documents, then answers piece by piece; see [`~RAGPipeline.__call__`] for arguments and errors. Other
+        threads wait until the pieces are read to the end or the iterator is closed.
+
+        Returns:
+            [`RAGStream`]: joined and stripped, the pieces are the answer of [`~RAGPipeline.__call__`].
+        """
+        records = self._records([question], None if documents is None else [documents], retriever or self.retriever)
+        with self._lock:
+            [selection] = self._select(records)
+        return RAGStream(selection, self._pieces(records[0], selection))
+
+    def export_merged(self, role: Role, folder: str | Path) -> None:
+        """
+        Writes one role as a plain model folder, its adapter merged into a fresh copy of its base, for vLLM, TGI,
+        llama.cpp and others. See [`~run_folder.export_merged`] for arguments.
+
+        Raises:
+            `ValueError`: the pipeline was not loaded by [`~RAGPipeline.from_pretrained`], or the folder has files.
+        """
+        if self.sources is None:
+            raise ValueError(
+                "this pipeline was not loaded by from_pretrained, so its weights are not on disk: save it"
+            )
+        export_merged(self.sources[role], folder, LoadOptions(token=(self.options or LoadOptions()).token))
+
+    def _records(
+        self, questions: Sequence[Any], documents: Sequence[Any] | None, retriever: Retriever | None
+    ) -> list[dict[str, Any]]:
+        """Checked questions with their candidates."""
+        for i, question in enumerate(questions):
+            check_question(question, f"question {i}")
+        if documents is None:
+            if retriever is None:
+                raise DatasetError("there are no documents to answer from: pass documents=… or retriever=…")
+            queries = [question_text(question) for question in questions]
+            documents = retriever.search(queries, self.config.max_candidates)
+        if len(documents) != len(questions):
+            raise DatasetError(
+                f"{len(questions)} questions have {len(documents)} lists of documents: pass one list for each"
+            )
+        records = []
+        for i, (question, candidates) in enumerate(zip(questions, documents, strict=True)):
+            candidates = [{"text": each} if isinstance(each, str) else each for each in candidates]
+            candidates = candidates[: self.config.max_candidates]
+            check_documents(candidates, f"question {i}", num_selected=1)
+            records.append({"question": question, "documents": candidates})
+        return records
+
+    def _rag_for(self, record: dict[str, Any]) -> RAGModel:
+        """The models, asked for no more documents than the question has."""
+        num_selected = min(self.config.num_selected, len(record["documents"]))
+        if num_selected not in self._by_num_selected:
+            self._by_num_selected[num_selected] = with_num_selected(self.rag, self.config, num_selected)
+        return self._by_num_selected[num_selected]
+
+    def _groups(self, records: list[dict[str, Any]]) -> list[tuple[RAGModel, list[int]]]:
+        """Rows by how many documents can be selected for them."""
+        groups: dict[int, tuple[RAGModel, list[int]]] = {}
+        for row, record in enumerate(records):
+            rag = self._rag_for(record)
+            groups.setdefault(rag.codec.num_selected, (rag, []))[1].append(row)
+        return list(groups.values())
+
+    def _select(self, records: list[dict[str, Any]]) -> list[list[SelectedDocument]]:
+        selections: list[list[SelectedDocument]] = [[] for _ in records]
+        for rag, rows in self._groups(records):
+            group = [records[row] for row in rows]
+            with torch.no_grad():
+                read = rag.read(group)  # once, to select and to tell with what probability
+            permutations = rag.sample(group, 1, greedy=True, read=read).permutations[:, 0].tolist()
+            probabilities = choice_probabilities(rag, group, permutations, read)
+            for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
+                documents = records[row]["documents"]
+                selections[row] = [
+                    SelectedDocument(
+                        documents[i - 1].get("id"), documents[i - 1].get("title"), documents[i - 1]["text"], i, p
+                    )
+                    for i, p in zip(permutation, chosen, strict=True)
+                ]
+        return selections
+
+    def _answer(self, records: list[dict[str, Any]]) -> list[RAGOutput]:
+        selections = self._select(records)
+        outputs: list[RAGOutput | None] = [None] * len(records)
+        for rag, rows in self._groups(records):
+            permutations = torch.tensor([[document.position for document in selections[row]] for row in rows])
+            answers = rag.answer([records[row] for row in rows], permutations, self.config.max_answer_length)
+            for row, answer in zip(rows, answers, strict=True):
+                outputs[row] = RAGOutput(answer, selections[row])
+        return [output for output in outputs if output is not None]
+
+    def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
+        rag = self._rag_for(record)
+        streamer = _Streamer(rag.tokenizers["generator"], skip_prompt=True, skip_special_tokens=True)
+        permutation = torch.tensor([[document.position for document in selection]])
+
+        def write() -> None:
+            try:
+                rag.answer([record], permutation, self.config.max_answer_length, streamer)
+            except _Closed:
+                pass
+            except BaseException as error:
+                streamer.text_queue.put(error)
+
+        with self._lock:
+            thread = threading.Thread(target=write, daemon=True)
+            thread.start()
+            try:
+                for piece in streamer:
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    yield piece
+            finally:
+                streamer.closed = True
+                thread.join()
+
+
+class _Closed(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Streamer(TextIteratorStreamer):
+    closed = False
+
+    def put(self, value):
+        if self.closed:
+            raise _Closed
+        super().put(value)
+
+
+@torch.no_grad()
+def choice_probabilities(
+    rag: RAGModel,
+    questions: Sequence[dict[str, Any]],
+    permutations: Sequence[Sequence[int]],
+    read: ReadPrompts | None = None,
+) -> list[list[float]]:
+    r"""
+    Probability of every choice of a permutation, \\( p(z_t \mid z_{<t}, x) \\); their product is \\( p(z \mid x) \\).
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            The models.
+        questions (`list[dict]` of length `B`):
+            Questions with their documents.
+        permutations (`list[list[int]]` of shape `(B, K)`):
+            Places in `documents`, from 1.
+        read ([`~shared_prefix.ReadPrompts`], *optional*):
+            What [`~rag_model.RAGModel.read`] gives for these questions, if it was called before.
+
+    Returns:
+        `list[list[float]]` of shape `(B, K)`
+    """
+    written = [
+        rag.codec.encode(permutation, len(question["documents"]))
+        for question, permutation in zip(questions, permutations, strict=True)
+    ]
+    completion = rag.written_logits([tokens for tokens, _ in written], rag.read(questions) if read is None else read)
+    probabilities = []
+    start = 0  # of the row in the logits of all
+    for (tokens, branches), permutation in zip(written, permutations, strict=True):
+        lengths = [len(rag.codec.id_tokens[i]) + len(rag.codec.separator) for i in permutation]
+        ends = torch.tensor(lengths).cumsum(0)  # first token after each id and its separator
+        logps = torch.zeros(len(permutation))
+        for branch in branches:
+            logits = completion.logits[start + branch.position, branch.allowed].float()
+            choice = int(torch.searchsorted(ends, branch.position, right=True))
+            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen].cpu()
+        probabilities.append(logps.exp().tolist())
+        start += len(tokens)
+    return probabilities
+
+
+def _is_dialogue(question: list[Any]) -> bool:
+    return bool(question) and isinstance(question[0], dict)

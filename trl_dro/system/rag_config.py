@@ -1,0 +1,108 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Prompts and sizes of a trained system, kept beside its weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.storage import write_whole
+from ..model.loading import build_prompts
+from ..model.permutation import PermutationCodec
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template
+from ..model.roles import Role
+
+
+CONFIG_FILE = "rag_config.json"
+
+
+@dataclass
+class RAGConfig:
+    """
+    What a trained system must be shown at inference, as it was in training; the fields are those of
+    [`~dro_config.DROConfig`].
+
+    Args:
+        num_selected (`int`, *optional*, defaults to `5`):
+            Documents in a permutation, K.
+        max_candidates (`int`, *optional*, defaults to `20`):
+            Candidates shown to the selector, n: the first ones in retrieval order.
+        selector_template (`str` or `Callable`):
+            Selector prompt.
+        generator_template (`str` or `Callable`):
+            Generator prompt.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens.
+        max_document_length (`int`, *optional*):
+            Longest document in tokens.
+        max_answer_length (`int`, *optional*, defaults to `64`):
+            Longest answer in tokens.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the tokenizer's chat template.
+    """
+
+    num_selected: int = 5
+    max_candidates: int = 20
+    selector_template: Template = SELECTOR_TEMPLATE
+    generator_template: Template = GENERATOR_TEMPLATE
+    max_prompt_length: int | None = None
+    max_document_length: int | None = None
+    max_answer_length: int = 64
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def of_training(cls, args: Any) -> "RAGConfig":
+        """The settings of a training run."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    def build_prompts(
+        self,
+        tokenizers: dict[Role, PreTrainedTokenizerBase],
+        codec: PermutationCodec,
+        contexts: dict[Role, int | None],
+    ) -> dict[Role, PromptBuilder]:
+        """Prompt builder of each role, see [`~loading.build_prompts`]."""
+        return build_prompts(
+            tokenizers,
+            codec,
+            contexts,
+            {"selector": self.selector_template, "generator": self.generator_template},
+            self.max_answer_length,
+            self.max_prompt_length,
+            self.max_document_length,
+            self.chat_template_kwargs,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `rag_config.json`. A template that is a function is left out: it must be passed when loading."""
+        values = {name: None if callable(value) else value for name, value in asdict(self).items()}
+        write_whole(Path(folder) / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "RAGConfig":
+        """
+        Reads `rag_config.json`.
+
+        Args:
+            path (`str` or `Path`):
+                The file.
+            overrides (`dict`, *optional*):
+                Fields to set instead.
+
+        Raises:
+            `ValueError`: the file is damaged, a field is unknown, or a template was a function and none is passed.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): copy or download it again") from None
+        values |= overrides or {}
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; update trl_dro or correct them")
+        for name in ("selector_template", "generator_template"):
+            if values[name] is None:
+                raise ValueError(f"the {name} of {path} was a function, which is not saved: pass {name}=")
+        return cls(**values)

@@ -1,0 +1,322 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What a trained system leaves in a folder or on the Hub, and how it becomes a model again.
+
+A run folder has `selector/` and `generator/`, each an adapter or a full model with its tokenizer, `rag_config.json`
+with what the prompts were made of, and `base/` if the base model has no place of its own to be loaded from.
+"""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..data.lines import first_line
+from ..model.loading import longest_sequence, prepare_tokenizer
+from ..model.permutation import PermutationCodec
+from ..model.rag_model import RAGModel
+from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from .rag_config import CONFIG_FILE, RAGConfig
+
+
+BASE_FOLDER = "base"
+ADAPTER_FILE = "adapter_config.json"
+# What tells a repo with roles or an adapter from a plain model's.
+_MARKS = (CONFIG_FILE, f"generator/{ADAPTER_FILE}", f"selector/{ADAPTER_FILE}", ADAPTER_FILE)
+
+
+@dataclass
+class RoleSource:
+    """
+    Where one role's weights are.
+
+    Args:
+        path (`str`):
+            Folder of an adapter or a model, or the Hub id of a model.
+        base (`str`, *optional*):
+            Base model of an adapter; `None` for a full model.
+        revision (`str`, *optional*):
+            Revision of the base, or of a model on the Hub.
+        config (`str`, *optional*):
+            `rag_config.json` that comes with it.
+    """
+
+    path: str
+    base: str | None = None
+    revision: str | None = None
+    config: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The full model to load: the base of an adapter, or the model itself."""
+        return self.base or self.path
+
+
+def find_role(
+    name: str | Path,
+    role: Role,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    base_model: str | None = None,
+) -> RoleSource:
+    """
+    Finds one role by the name of a run folder, an adapter folder or a model folder, or of a Hub repo with either.
+
+    Of a Hub repo with roles or an adapter everything is downloaded first, so that nothing is loaded by halves.
+
+    Args:
+        name (`str` or `Path`):
+            Folder, or id of a repo.
+        role (`str`):
+            `"selector"` or `"generator"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repo.
+        token (`str` or `bool`, *optional*):
+            Token for a private repo; by default that of `hf auth login`.
+        base_model (`str`, *optional*):
+            Base of the adapter, instead of the one it names.
+
+    Returns:
+        [`RoleSource`]
+
+    Raises:
+        `ValueError`: there is no such folder or repo, it cannot be reached, or the adapter's base is unknown.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name).startswith(("./", "../", "~")):
+            raise ValueError(f"there is no folder {name}: check the path")
+        downloaded = _download(str(name), revision, token)
+        if downloaded is None:
+            return RoleSource(str(name), revision=revision)
+        folder = downloaded
+    role_folder = folder / role if (folder / role).is_dir() else folder
+    config = next((str(f / CONFIG_FILE) for f in (folder, role_folder) if (f / CONFIG_FILE).is_file()), None)
+    adapter = role_folder / ADAPTER_FILE
+    if not adapter.is_file():
+        if not (role_folder / "config.json").is_file():
+            raise ValueError(
+                f"{role_folder} holds neither a model (config.json) nor an adapter ({ADAPTER_FILE}): name a folder "
+                f"with {' and '.join(ROLES)}, or a model's"
+            )
+        return RoleSource(str(role_folder), config=config)
+    settings = json.loads(adapter.read_text(encoding="utf-8"))
+    if base_model is not None:
+        return RoleSource(str(role_folder), base_model, config=config)
+    for own in (role_folder / BASE_FOLDER, folder / BASE_FOLDER, folder.parent / BASE_FOLDER):
+        if own.is_dir():
+            return RoleSource(str(role_folder), str(own), config=config)
+    base = settings.get("base_model_name_or_path")
+    if not base or (os.path.isabs(base) and not os.path.isdir(base)):
+        raise ValueError(
+            f"the adapter in {role_folder} was trained on a model that is not here ({base or 'unnamed'}): "
+            "pass its folder or Hub id as base_model"
+        )
+    return RoleSource(str(role_folder), base, settings.get("revision"), config)
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path | None:
+    """Snapshot of a repo with roles or an adapter; `None` for any other, which transformers loads by its id."""
+    where = f"{repo_id}" + (f" at revision {revision}" if revision else "")
+    try:
+        for file in _MARKS:
+            try:
+                hf_hub_download(repo_id, file, revision=revision, token=token)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+            return Path(
+                snapshot_download(
+                    repo_id, revision=revision, token=token, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"]
+                )
+            )
+    except RevisionNotFoundError:
+        raise ValueError(f"{repo_id} has no revision {revision}: name a branch, tag or commit of it") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"there is no folder or Hub repo {repo_id}, or it is private: check the name, and `hf auth login` or pass "
+            "a token"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        # Offline, a file that a cached repo does not have looks like one that was not downloaded.
+        with suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            return cached if any((cached / file).is_file() for file in _MARKS) else None
+        raise ValueError(
+            f"{where} is no folder here, not in the cache, and the Hub cannot be reached "
+            f"({first_line(error.__cause__ or error)}): check the name and the network"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id} is neither a folder nor a Hub id ({first_line(error)})") from None
+    except Exception as error:  # a status, a timeout, a connection cut: whatever the HTTP client raises
+        raise ValueError(
+            f"{where} could not be downloaded ({first_line(error)}): try again, it goes on where it stopped"
+        ) from error
+    return None
+
+
+@dataclass
+class LoadOptions:
+    """
+    How models are loaded.
+
+    Args:
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Precision; `"auto"` takes that in which the base is stored.
+        device (`str` or `torch.device`, *optional*):
+            Device; the accelerator if there is one.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of the base.
+        attn_implementation (`str`, *optional*):
+            Attention of transformers.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that ships with a model.
+        token (`str` or `bool`, *optional*):
+            Token for private repos.
+    """
+
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device | None = None
+    quantization_config: Any = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    token: str | bool | None = None
+    target: torch.device = field(init=False)
+
+    def __post_init__(self):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.target = torch.device(self.device or accelerator or "cpu")
+
+    def load(self, source: RoleSource) -> PreTrainedModel:
+        """The full model of a role, or the base of its adapter. Raises `ValueError` if it cannot be loaded."""
+        kwargs: dict[str, Any] = {}
+        if self.quantization_config is not None:
+            kwargs = {"quantization_config": self.quantization_config, "device_map": {"": self.target}}
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source.model,
+                revision=source.revision,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                token=self.token,
+                **kwargs,
+            )
+        except OSError as error:
+            raise ValueError(f"model {source.model} cannot be loaded ({first_line(error)})") from error
+        return model if self.quantization_config is not None else model.to(self.target)
+
+
+def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, options: LoadOptions) -> RAGModel:
+    """
+    Both roles, with one base in memory if they share it.
+
+    Args:
+        selector ([`RoleSource`]):
+            Where the selector is.
+        generator ([`RoleSource`]):
+            Where the generator is.
+        config ([`RAGConfig`]):
+            Prompts and sizes.
+        options ([`LoadOptions`]):
+            Precision, device and so on.
+
+    Returns:
+        [`~rag_model.RAGModel`]: in evaluation mode, frozen.
+
+    Raises:
+        `ValueError`: a model cannot be loaded, or the prompts cannot fit.
+    """
+    sources: dict[Role, RoleSource] = {"selector": selector, "generator": generator}
+    # An adapter on a 4-bit or 8-bit base, or any other, keeps the precision it was saved in.
+    generator_model = options.load(generator)
+    shared = (selector.model, selector.revision) == (generator.model, generator.revision)
+    role_model: PeftModel | RolePair
+    if shared and selector.base is generator.base is None:
+        role_model = RolePair(generator_model, generator_model)
+    elif shared:
+        paths = {role: None if source.base is None else source.path for role, source in sources.items()}
+        role_model = put_adapters_on(generator_model, paths)
+    else:
+        role_model = RolePair(
+            _with_adapter(options.load(selector), selector, "selector"),
+            _with_adapter(generator_model, generator, "generator"),
+        )
+    role_model.eval()
+    roles = Roles(role_model, trained=())
+    tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
+    contexts = _contexts(roles)
+    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
+    return RAGModel(roles, tokenizers, config.build_prompts(tokenizers, codec, contexts), codec, options.target)
+
+
+def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
+    """The same models asked for another number of documents, for questions that have fewer candidates than that."""
+    config = replace(config, num_selected=num_selected)
+    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
+    contexts = _contexts(rag.roles)
+    return RAGModel(
+        rag.roles, rag.tokenizers, config.build_prompts(rag.tokenizers, codec, contexts), codec, rag.device
+    )
+
+
+def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
+    """
+    Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer: what vLLM, TGI or
+    llama.cpp's converter read. A base that was quantized in training is merged in its own precision.
+
+    Args:
+        source ([`RoleSource`]):
+            The role.
+        folder (`str` or `Path`):
+            Folder to write, made if it is missing.
+        options ([`LoadOptions`]):
+            Precision and device; merging needs one copy of the base.
+
+    Raises:
+        `ValueError`: the base was asked for in 4 or 8 bits, or the folder has files already.
+    """
+    folder = Path(folder)
+    if options.quantization_config is not None:
+        raise ValueError("weights cannot be merged exactly into a quantized base: leave out quantization_config")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder for the merged model")
+    model: Any = options.load(source)
+    if source.base is not None:
+        model = PeftModel.from_pretrained(model, source.path).merge_and_unload(safe_merge=True)
+    model.save_pretrained(folder)
+    _load_tokenizer(source, options).save_pretrained(folder)
+
+
+def _with_adapter(model: PreTrainedModel, source: RoleSource, role: Role) -> PreTrainedModel | PeftModel:
+    return model if source.base is None else PeftModel.from_pretrained(model, source.path, adapter_name=role)
+
+
+def _load_tokenizer(source: RoleSource, options: LoadOptions) -> Any:
+    own = (Path(source.path) / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(
+        source.path if own else source.model,
+        revision=None if own else source.revision,
+        padding_side="left",
+        trust_remote_code=options.trust_remote_code,
+        token=options.token,
+    )
+
+
+def _contexts(roles: Roles) -> dict[Role, int | None]:
+    models: dict[Role, Any] = {role: roles.module(role) for role in ROLES}
+    return {role: longest_sequence(model.config) for role, model in models.items()}

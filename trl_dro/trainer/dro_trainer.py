@@ -1,0 +1,487 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import math
+import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.schema import validate_dataset
+from ..evaluation.scoring import answer_and_score, score_bounds
+from ..model.permutation import PermutationSamples
+from ..model.prompts import question_text
+from ..model.rag_model import RAGModel, chunk_rows
+from ..model.roles import Role
+from ..model.shared_prefix import ReadPrompts, TokenCount
+from .dro_config import DROConfig
+from .estimation import (
+    Estimate,
+    Weights,
+    draw,
+    load_estimates,
+    reordered,
+    save_estimates,
+    significant_permutations,
+)
+from .inputs import check_inputs, load_roles, refuse_unsupported
+from .logs import QUESTIONS_PER_LOG, permutation_rows, print_permutations, save_permutations
+from .role_trainer import RoleTrainer
+from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
+
+
+class DROTrainer(RoleTrainer):
+    r"""
+    Trainer for Direct Retrieval-augmented Optimization (DRO), introduced in [Direct Retrieval-augmented Optimization:
+    Synergizing Knowledge Selection and Language Models](https://huggingface.co/papers/2505.03075).
+
+    A selector picks an ordered list of documents, a generator answers from it, and both are trained on the likelihood
+    of the right answer by expectation maximisation: the E-step samples permutations from the selector and weighs each
+    by the answer's likelihood under the generator; the M-step raises the weighted log-likelihoods of the permutations
+    (selector) and of the answer (generator).
+
+    Example:
+
+    ```python
+    from datasets import load_from_disk
+    from peft import LoraConfig
+    from trl_dro import DROConfig, DROTrainer
+
+    trainer = DROTrainer(
+        model="meta-llama/Meta-Llama-3-8B-Instruct",
+        args=DROConfig(output_dir="llama3-dro"),
+        train_dataset=load_from_disk("nq-top20/train"),  # question, answers, documents
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base model of both roles, or of the generator when `selector_model` is given: a model id or folder, or an
+            instance. A [`~peft.PeftModel`] must have exactly the adapters `selector` and `generator`.
+        args ([`DROConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`]):
+            Questions with the columns `question`, `answers` and `documents`; see [`~data.schema`].
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Questions for evaluation, in the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, the model's own is loaded.
+        peft_config ([`~peft.PeftConfig`] or `dict[str, PeftConfig]`, *optional*):
+            Adapter of each role, one config for both or `{"selector": …, "generator": …}`. If `None`, the roles are
+            two full models.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of models given by id or folder; needs `peft_config`.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base model of the selector, when it is not the generator's.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks added to the default ones.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use instead of AdamW and a linear schedule.
+
+    Raises:
+        `DatasetError`: a dataset is malformed; the message names row, column and cure.
+        `ValueError`: settings that cannot work together, or prompts that cannot fit. Like the former, before any model
+            is loaded.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    _tag_names = ["trl", "dro"]
+    _name = "DRO"
+    _paper = {
+        "title": "Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models",
+        "id": "2505.03075",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{shi2025direct,
+                title  = {{Direct Retrieval-augmented Optimization:
+                          Synergizing Knowledge Selection and Language Models}},
+                author = {Shi, Zhengliang and others},
+                year   = 2025,
+                eprint = {arXiv:2505.03075},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DROConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        selector_model: str | PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        if args is None:
+            args = DROConfig("dro-output")
+        if quantization_config is not None and peft_config is None:
+            raise ValueError(
+                "quantized weights cannot be trained: pass `peft_config` along with `quantization_config`"
+            )
+
+        refuse_unsupported(args)
+        # Whatever can be wrong is found before weights are loaded.
+        tokenizers, codec, prompts = check_inputs(
+            model, selector_model, processing_class, args, train_dataset, eval_dataset
+        )
+        if args.train_selector and args.num_permutations == 1:
+            warnings.warn(
+                "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
+                "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
+                stacklevel=2,
+            )
+
+        self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
+        self._estimated_block = -1
+        self._shown_permutations: list[dict[str, Any]] = []
+        self._collapse_warned = False
+
+        super().__init__(
+            load_roles(model, selector_model, args, peft_config, quantization_config),
+            tokenizers,
+            args=args,
+            data_collator=list,  # a batch of evaluation questions is a list of records
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
+        # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
+        set_seed(args.seed, device_specific=True)
+
+    # Data
+
+    def get_train_dataloader(self) -> EstimationDataLoader:
+        if self.train_dataset is None:
+            raise ValueError("training needs a `train_dataset`")
+        args = self.args
+        # Estimates of an earlier call of `train` are stale, though its blocks count from 0 too.
+        self._estimates, self._estimated_block = [], -1
+        return EstimationDataLoader(
+            EstimationSampler(
+                len(self.train_dataset),
+                self._train_batch_size,
+                args.steps_per_estimation,
+                args.maximization_epochs,
+                drop_last=args.dataloader_drop_last,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset):
+            validate_dataset(eval_dataset, self.args.num_selected, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        validate_dataset(test_dataset, self.args.num_selected, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
+
+    def _records(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [self._with_candidates(self.train_dataset[row]) for row in rows]
+
+    def _with_candidates(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, "documents": record["documents"][: self.args.max_candidates]}
+
+    # Expectation maximisation
+
+    def training_step(
+        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        model.train()
+        with self._memory_advice():
+            return self._em_step(model, inputs)
+
+    def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """E-step, unless that of the block serves this micro-batch too, and M-step. Returns both losses, added up."""
+        parts = self._split(inputs.block[inputs.position])
+        self._shown_permutations = []
+        loss = torch.zeros((), device=self.args.device)
+        seconds = {"e_step": 0.0, "m_step": 0.0}
+        for number, part in enumerate(parts, start=1):
+            start = time.perf_counter()
+            if self._estimates_serve_once:
+                estimate = self._estimate(part, inputs.block_index)
+            else:
+                estimate = self._block_estimates(inputs)[number - 1]
+            middle = time.perf_counter()
+            loss += self._maximization_step(model, estimate, last=number == len(parts))
+            seconds["e_step"] += middle - start
+            seconds["m_step"] += time.perf_counter() - middle
+        self._means.add_speed(seconds, self.rag.count)
+        self.rag.count = TokenCount()
+        return loss
+
+    def _split(self, batch: QuestionBatch) -> list[QuestionBatch]:
+        """Parts with questions of similar length, each of which goes through a model at once."""
+        if self.args.max_tokens_per_forward is None:
+            return [batch]
+        lengths = self.rag.question_lengths(self._records(batch.rows), self.args.num_permutations)
+        return batch.split(chunk_rows(lengths, self.args.max_tokens_per_forward))
+
+    @property
+    def _estimates_serve_once(self) -> bool:
+        """Whether each E-step serves one micro-batch once, so that the M-step has the weights it was made with."""
+        return self.args.steps_per_estimation == self.args.maximization_epochs == 1
+
+    def _block_estimates(self, inputs: MicroBatch) -> list[Estimate]:
+        """Estimates of the micro-batch's parts, made for its whole block when they are not there yet."""
+        # A checkpoint's estimates are of no use to another batch size or number of processes.
+        estimated = [[row for part in parts for row in part.batch.rows] for parts in self._estimates]
+        block = [[row for part in self._split(batch) for row in part.rows] for batch in inputs.block]
+        if inputs.block_index != self._estimated_block or block != estimated:
+            show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
+            self._estimates = [
+                [self._estimate(part, inputs.block_index) for part in self._split(batch)]
+                for batch in tqdm(inputs.block, desc="E-step", leave=False, disable=not show)
+            ]
+            self._estimated_block = inputs.block_index
+        return self._estimates[inputs.position]
+
+    def _estimate(self, batch: QuestionBatch, block_index: int) -> Estimate:
+        """The E-step: samples permutations for every question and scores its answer under each (equations 4 to 7)."""
+        args = self.args
+        records = self._records(batch.rows)
+        keys = [f"{args.seed}, block {block_index}, row {row}" for row in batch.rows]
+        orders, targets, seeds = draw(records, keys, args.shuffle_candidates, args.answer_target)
+        questions = reordered(records, orders)
+        # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
+        read = None
+        same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
+        if same_weights and not args.gradient_checkpointing:
+            with self._inference(gradients=True):
+                read = self.rag.read(questions)
+        with self._inference():
+            samples = self._sample(questions, args.temperature, args.top_p, seeds, read)
+            estimate = Estimate(batch, orders, targets, samples, read=read)
+            # When an estimate serves one update, the generator's loss forward is its scoring forward, unless it is to
+            # be a forward over significant permutations only.
+            if not (self._estimates_serve_once and args.train_generator) or args.negligible_weight > 0:
+                estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        return estimate
+
+    def _maximization_step(self, model: nn.Module, estimate: Estimate, last: bool) -> Tensor:
+        """
+        Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
+        forward: gradient checkpointing recomputes with the adapter that is active at that time.
+        """
+        self._last_rows = estimate.batch.rows
+        questions = reordered(self._records(estimate.batch.rows), estimate.orders)
+
+        significant, kept = estimate.samples.permutations, None
+        if self.args.negligible_weight > 0 and self.args.train_generator:
+            weights = self._weigh(estimate).importance
+            significant, kept = significant_permutations(significant, weights, self.args.negligible_weight)
+            self._means.add_all("generator/skipped_share", ~kept)
+            self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
+
+        def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
+            targets = [estimate.targets[row] for row in rows]
+            logps = self._answer_logps([questions[row] for row in rows], targets, significant[rows], wrapped)
+            return logps if kept is None else torch.where(kept[rows], logps, estimate.answer_logps[rows])
+
+        def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
+            everything = len(rows) == len(questions)
+            return self.rag.permutation_logps(
+                [questions[row] for row in rows],
+                estimate.samples.permutations[rows],
+                self.args.selector_likelihood,
+                wrapped,
+                estimate.read if everything else None,
+            )
+
+        total = torch.zeros((), device=self.args.device)
+        # The generator goes first: its forward may be the one that gives the weights.
+        if self.args.train_generator:
+            last_backward = last and not self.args.train_selector
+            total += self._update("generator", model, estimate, answer_logps, last_backward)
+        if self.args.train_selector:
+            total += self._update("selector", model, estimate, permutation_logps, last)
+        estimate.read = None  # its graph was used up
+        self._log_estimate(estimate, questions)
+        return total / self.current_gradient_accumulation_steps
+
+    def _update(
+        self,
+        role: Role,
+        model: nn.Module,
+        estimate: Estimate,
+        score: Callable[[list[int], nn.Module | None], Tensor],
+        last: bool,
+    ) -> Tensor:
+        """
+        Forward and backward of one role's loss: minus the weighted log-probabilities that `score` gives for rows of
+        the micro-batch, summed over permutations, averaged over the questions of the global micro-batch. Returns the
+        loss, in nats per question.
+        """
+        rows = list(range(len(estimate.batch.rows)))
+        with self._synced_backward(model, last):
+            with self.compute_loss_context_manager():
+                logps = score(rows, model)
+            if estimate.answer_logps is None:
+                estimate.answer_logps = logps.detach()
+            weights = self._weigh(estimate)
+            coefficients = weights.generator if role == "generator" else weights.selector
+            counted = weights.usable & estimate.counted
+            if logps.isnan().any():
+                # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
+                broken = logps.isnan().any(dim=-1)
+                self._warn_of_unusable(~(broken & weights.usable))
+                rows = (counted & ~broken).nonzero().flatten().tolist()
+                coefficients, counted = coefficients[rows], counted[rows]
+                with self.compute_loss_context_manager():
+                    logps = score(rows, None) if rows else self._zero(role).expand(0, 1)
+            self._usable_questions += int(counted.sum())
+            kept = counted.unsqueeze(-1) & logps.isfinite()
+            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        self._means.add(f"{role}/loss", loss)
+        return loss.detach()
+
+    def _weigh(self, estimate: Estimate) -> Weights:
+        args = self.args
+        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor)
+
+    def _sample(
+        self,
+        questions: list[dict[str, Any]],
+        temperature: float,
+        top_p: float,
+        seeds: list[int],
+        read: ReadPrompts | None = None,
+    ) -> PermutationSamples:
+        """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
+        if self.args.selector_likelihood == "constrained":
+            return samples
+        logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
+        return samples._replace(logps=logps)
+
+    def _answer_logps(
+        self, questions: list[dict[str, Any]], targets: list[list[str]], permutations: Tensor, wrapped=None
+    ) -> Tensor:
+        mean = self.args.answer_likelihood == "mean"
+        return self.rag.answer_logps(questions, targets, permutations, mean, wrapped)
+
+    # Logs
+
+    def _log_estimate(self, estimate: Estimate, questions: list[dict[str, Any]]) -> None:
+        weights = self._weigh(estimate)
+        if not weights.usable.all():
+            self._warn_of_unusable(weights.usable)
+        for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
+            self._means.add_all(name, values)
+        self._shown_permutations += permutation_rows(
+            self.state.global_step + 1,
+            questions,
+            estimate.targets,
+            estimate.samples,
+            estimate.answer_logps,
+            weights.generator,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log, over all processes, to a log of training."""
+        if "loss" in logs:
+            means = self._means.pop()
+            logs.update(means)
+            # With few documents there are fewer permutations than samples.
+            num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
+            most = min(self.args.num_permutations, num_possible)
+            self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
+            if self._shown_permutations and self.is_world_process_zero():
+                shown, trackers = self._shown_permutations, self.args.report_to
+                if self.args.log_permutations:
+                    print_permutations(shown[: self.args.num_permutations])
+                else:  # a few, for `trl-dro report`
+                    shown, trackers = shown[: QUESTIONS_PER_LOG * self.args.num_permutations], []
+                save_permutations(shown, self.args.output_dir, trackers)
+        super().log(logs, start_time)
+
+    def _warn_of_collapse(self, unique_share: float) -> None:
+        if unique_share < self.args.collapse_threshold and not self._collapse_warned:
+            self._collapse_warned = True
+            warnings.warn(
+                f"only {unique_share:.0%} of the sampled permutations are distinct at step {self.state.global_step}: "
+                "the selector repeats itself and has little left to compare. If its recall is not yet good, raise "
+                "`temperature`, lower its learning rate, or stop it with train_selector=False.",
+                stacklevel=2,
+            )
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Selects greedily, generates answers, and scores both: `em`, `f1`, `recall@k` of the selector and of the
+        retriever, and over `num_permutations` sampled permutations the `elbo`, the `iwae_bound` and the `loss`, which
+        is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
+        """
+        self.callback_handler.eval_dataloader = dataloader
+        scores: list[Tensor] = []
+        names: list[str] = []
+        answers: list[str] = []
+        with self._memory_advice(), self._inference():
+            for records in dataloader:
+                batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
+                names = list(batch_scores)
+                answers += self.accelerator.gather_for_metrics(batch_answers, use_gather_object=True)
+                # Cuts off the rows that were repeated to give every process as many.
+                scores.append(self.accelerator.gather_for_metrics(torch.stack(list(batch_scores.values()), dim=-1)))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.rag.count = TokenCount()
+        per_question = torch.cat(scores)  # [questions, metrics], NaN where a bound is not finite
+        means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return EvalLoopOutput(
+            predictions=numpy.array(answers), label_ids=None, metrics=metrics, num_samples=len(per_question)
+        )
+
+    def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
+        """Answer of each question, and its scores by name, each of shape `(B,)`."""
+        answers, scores = answer_and_score(self.rag, questions, self.args.max_answer_length)
+        keys = [f"{self.args.seed}, {question_text(question['question'])}" for question in questions]
+        _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
+        samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
+        answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        return answers, scores | score_bounds(answer_logps, samples.correction)
+
+    # What a run that resumes in the middle of a block needs of its E-step
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.steps_per_estimation != 1 or self.args.maximization_epochs != 1:
+            save_estimates(self._estimated_block, self._estimates, self._estimates_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
+            self._estimated_block, self._estimates = load_estimates(path, self.args.device)
+
+    def _estimates_file(self, folder: str) -> Path:
+        return Path(folder) / f"estimates_{self.args.process_index}.pt"

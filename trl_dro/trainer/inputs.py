@@ -1,0 +1,222 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""A run's models, tokenizers and data by its config, and whatever can be wrong with them before weights are loaded."""
+
+from typing import Any, cast
+
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from ..data.schema import validate_dataset
+from ..model.loading import context_length, prepare_tokenizer
+from ..model.permutation import PermutationCodec
+from ..model.prompts import PromptBuilder, check_lengths
+from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
+from ..model.shared_prefix import check_attention
+from ..system.rag_config import RAGConfig
+from .dro_config import DROConfig
+
+
+def check_inputs(
+    model: str | PreTrainedModel,
+    selector_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: DROConfig,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, PromptBuilder]]:
+    """
+    Tokenizers, codec and prompts of a run, and whatever can be wrong with its inputs before weights are loaded.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Base of both roles, or of the generator.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base of the selector alone.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer that was passed.
+        args ([`DROConfig`]):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Questions for training; needed unless there are some for evaluation.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Questions for evaluation, whose target is the first answer.
+
+    Returns:
+        `tuple`: tokenizer of each role, codec, prompt builder of each role.
+
+    Raises:
+        `DatasetError`: a dataset is malformed.
+        `ValueError`: something cannot fit, or settings cannot work together.
+    """
+    datasets: dict[str, Any] = {}  # by the names that errors call them
+    if train_dataset is not None or eval_dataset is None:
+        datasets["train_dataset"] = train_dataset
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    for name, dataset in datasets.items():
+        validate_dataset(dataset, args.num_selected, name)
+    tokenizers = load_tokenizers(model, selector_model, processing_class, args)
+    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+    context = context_length(model, generator_revision(args), args.trust_remote_code)
+    contexts: dict[Role, int | None] = {"selector": context, "generator": context}
+    if selector_model is not None:
+        contexts["selector"] = context_length(selector_model, trust_remote_code=args.trust_remote_code)
+    prompts = RAGConfig.of_training(args).build_prompts(tokenizers, codec, contexts)
+    shown = [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)]
+    for name, dataset in datasets.items():
+        all_answers = args.answer_target != "first" and name == "train_dataset"
+        check_lengths(dataset, name, shown, tokenizers["generator"], args.max_answer_length, all_answers)
+    return tokenizers, codec, prompts
+
+
+def load_tokenizers(
+    model: str | PreTrainedModel,
+    selector_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: DROConfig,
+) -> dict[Role, PreTrainedTokenizerBase]:
+    """
+    Tokenizer of each role. A selector given by id or folder brings its own; an instance shares the one passed.
+
+    Raises:
+        `TypeError`: `processing_class` is no tokenizer.
+        `ValueError`: a model instance does not say where its tokenizer is, or a tokenizer has no eos token.
+    """
+    generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
+    selector_tokenizer = generator_tokenizer
+    if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
+        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
+    return {"selector": selector_tokenizer, "generator": generator_tokenizer}
+
+
+def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
+    """
+    Tokenizer of a model.
+
+    Raises:
+        `ValueError`: a model instance does not say where it came from.
+    """
+    source = model if isinstance(model, str) else get_config_model_id(model.config)
+    if not source:
+        raise ValueError(
+            "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
+        )
+    return AutoTokenizer.from_pretrained(
+        source,
+        revision=revision,
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def generator_revision(args: DROConfig) -> str | None:
+    """Revision of `model` in `args.model_init_kwargs`, which says nothing of the repo of a `selector_model`."""
+    return cast(dict, args.model_init_kwargs or {}).get("revision")
+
+
+def load_roles(
+    model: str | PreTrainedModel | PeftModel,
+    selector_model: str | PreTrainedModel | None,
+    args: DROConfig,
+    peft_config: PeftConfig | dict[str, PeftConfig] | None,
+    quantization_config: BitsAndBytesConfig | None,
+) -> Roles:
+    """
+    Both roles, ready to be trained: loaded, with new adapters drawn from `args.seed`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base of both roles, or of the generator when there is a `selector_model`.
+        selector_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base of the selector alone.
+        args ([`DROConfig`]):
+            Configuration.
+        peft_config ([`~peft.PeftConfig`] or `dict[str, PeftConfig]`, *optional*):
+            See [`~roles.prepare_role_model`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of models given by id or folder.
+
+    Returns:
+        [`~roles.Roles`]
+
+    Raises:
+        `ValueError`: models and `peft_config` do not go together, see [`~roles.prepare_role_model`].
+    """
+    set_seed(args.seed)
+    role_model = prepare_role_model(
+        load_model(model, args, quantization_config, generator_revision(args)),
+        None if selector_model is None else load_model(selector_model, args, quantization_config),
+        peft_config,
+    )
+    trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
+    roles = Roles(role_model, trained)
+    cast_adapters_for_quantized_base(roles)
+    if args.disable_dropout:
+        disable_dropout(role_model)
+    if args.gradient_checkpointing:
+        roles.enable_input_require_grads()
+    return roles
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel,
+    args: DROConfig,
+    quantization_config: BitsAndBytesConfig | None,
+    revision: str | None = None,
+) -> Any:
+    """
+    Model instance: loaded with `args.model_init_kwargs` when given by id or folder, returned as it is otherwise.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        args ([`DROConfig`]):
+            Configuration.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model that is loaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
+    """
+    if not isinstance(model, str):
+        return model
+    # The config's type allows a JSON string, which its constructor has parsed.
+    kwargs = {**cast(dict, args.model_init_kwargs or {}), "revision": revision}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    # One process, one device: "auto" would spread the model over all GPUs.
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **kwargs)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns off dropout for good: that of modules, and the functional one of attention layers."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def refuse_unsupported(args: DROConfig) -> None:
+    """
+    Raises `ValueError` under DeepSpeed and FSDP, and for attention that takes no mask of its own. accelerate steps a
+    DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
+    only.
+    """
+    check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
+    if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
+            "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
+            "load_in_4bit for a base that does not fit"
+        )

@@ -1,0 +1,340 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""`--dry_run`: what a run will do and need, before any weights are loaded."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..model.permutation import PermutationCodec
+from ..model.prompts import PromptBuilder
+from ..model.roles import ROLES, Role
+from . import cost
+from .dro_config import DROConfig
+from .schedule import EstimationSampler
+
+
+# Where there are no data to count: tokens of a passage of 100 words, of the text around the documents, of an id with
+# what separates it from the next.
+PASSAGE_TOKENS, FRAME_TOKENS, ID_TOKENS = 160, 150, 5
+
+# What a run's hours are told for: 40% of the peak of a card of 24 GB, a sixth of an A100's. Time goes in proportion.
+SUSTAINED_FLOPS = 5e13
+
+# Questions whose tokens are counted: the longest ones for what must fit, others for the mean.
+COUNTED_QUESTIONS = 200
+
+
+@dataclass
+class Lengths:
+    """
+    Tokens of a question: the mean, and the most.
+
+    Args:
+        selector_prompt (`tuple[float, int]`):
+            Prompt of the selector.
+        generator_row (`tuple[float, int]`):
+            Prompt of the generator, its longest documents selected, with the answer.
+        permutation (`int`):
+            A permutation, at most.
+        answer (`int`):
+            An answer, at most.
+        counted (`str`):
+            How they are known.
+    """
+
+    selector_prompt: tuple[float, int]
+    generator_row: tuple[float, int]
+    permutation: int
+    answer: int
+    counted: str
+
+    @classmethod
+    def of_settings(cls, args: DROConfig) -> "Lengths":
+        """Upper bounds, where there are no data or no tokenizer to count with."""
+        document = args.max_document_length or PASSAGE_TOKENS
+        prompts = [
+            number * (document + ID_TOKENS) + FRAME_TOKENS for number in (args.max_candidates, args.num_selected)
+        ]
+        if args.max_prompt_length is not None:
+            prompts = [min(prompt, args.max_prompt_length) for prompt in prompts]
+        row = prompts[1] + args.max_answer_length
+        counted = f"at most, with {document} tokens per document"
+        permutation = ID_TOKENS * args.num_selected
+        return cls((prompts[0], prompts[0]), (row, row), permutation, args.max_answer_length, counted)
+
+    @classmethod
+    def of_data(
+        cls, dataset: Dataset, args: DROConfig, prompts: dict[Role, PromptBuilder], codec: PermutationCodec
+    ) -> "Lengths":
+        """Tokens of the questions with the longest documents, and of others for the mean."""
+        sizes = [
+            sum(len(each["text"]) for each in documents[: args.max_candidates])
+            for batch in dataset.select_columns(["documents"]).iter(batch_size=1000)
+            for documents in batch["documents"]
+        ]
+        order = sorted(range(len(dataset)), key=sizes.__getitem__)
+        longest = order[-COUNTED_QUESTIONS // 4 :]
+        others = order[:: math.ceil(len(order) / COUNTED_QUESTIONS)]
+
+        def lengths(rows: Sequence[int]) -> list[tuple[int, int]]:
+            return [_question_lengths(dataset[row], args, prompts) for row in rows]
+
+        most, usual = lengths(longest), lengths(others)
+        ranges = [
+            (sum(each[i] for each in usual) / len(usual), max(each[i] for each in most + usual)) for i in range(2)
+        ]
+        counted = "counted" if len(others) == len(dataset) else f"counted on {len({*longest, *others})} questions"
+        return cls(ranges[0], ranges[1], codec.max_length, args.max_answer_length, counted)
+
+
+def _question_lengths(record: dict[str, Any], args: DROConfig, prompts: dict[Role, PromptBuilder]) -> tuple[int, int]:
+    documents = record["documents"][: args.max_candidates]
+    longest = sorted(documents, key=lambda document: -len(document["text"]))[: args.num_selected]
+    tokenizer = prompts["generator"].tokenizer
+    answer = max(len(ids) for ids in tokenizer(record["answers"], add_special_tokens=False).input_ids) + 1
+    selector = len(prompts["selector"](record["question"], documents))
+    generator = len(prompts["generator"](record["question"], longest))
+    return selector, generator + min(answer, args.max_answer_length + 1)
+
+
+@dataclass
+class Plan:
+    """
+    What a run will do and need.
+
+    Args:
+        rows (`list[tuple[str, str]]`):
+            What is told about the run, in words.
+        memory (`dict[str, float]`):
+            Bytes on each device by what they are for.
+        flops (`float`, *optional*):
+            Operations of the whole run on all devices; `None` if its length is unknown.
+    """
+
+    rows: list[tuple[str, str]]
+    memory: dict[str, float]
+    flops: float | None
+
+    @property
+    def peak(self) -> float:
+        """Bytes on each device at the most."""
+        return sum(self.memory.values())
+
+
+@dataclass
+class Models:
+    """
+    What is trained, known by configs alone.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Base of both roles, or of the generator.
+        selector_config ([`~transformers.PreTrainedConfig`], *optional*):
+            Base of the selector alone.
+        peft_config ([`~peft.PeftConfig`] or `dict`, *optional*):
+            Adapters; `None` for full models.
+        dtype (`torch.dtype`):
+            Precision of the base.
+        quantized (`float`, *optional*):
+            Bytes per quantized weight.
+    """
+
+    config: PreTrainedConfig
+    selector_config: PreTrainedConfig | None
+    peft_config: PeftConfig | dict[str, PeftConfig] | None
+    dtype: torch.dtype
+    quantized: float | None
+
+
+def make_plan(
+    models: Models, args: DROConfig, lengths: Lengths, num_questions: int | None, num_eval: int, num_processes: int
+) -> Plan:
+    """
+    The plan of a run.
+
+    Args:
+        models ([`Models`]):
+            What is trained.
+        args ([`DROConfig`]):
+            How.
+        lengths ([`Lengths`]):
+            Tokens of the questions.
+        num_questions (`int`, *optional*):
+            Training questions, if they are known.
+        num_eval (`int`):
+            Evaluation questions.
+        num_processes (`int`):
+            Processes, each on a device of its own.
+
+    Returns:
+        [`Plan`]
+    """
+    trained: list[Role] = [role for role in ROLES if getattr(args, f"train_{role}")]
+    roles = cost.build_roles(
+        models.config, models.selector_config, models.peft_config, models.dtype, trained, args.trust_remote_code
+    )
+    shapes = cost.role_shapes(roles)
+    full = models.peft_config is None
+    batch = args.per_device_train_batch_size
+    once = args.steps_per_estimation == args.maximization_epochs == 1 and args.negligible_weight == 0
+
+    def work(prompt: float, row: float) -> cost.Work:
+        return cost.Work(
+            round(prompt),
+            lengths.permutation,
+            round(row),
+            lengths.answer,
+            args.num_permutations,
+            bool(args.gradient_checkpointing),
+            once,
+        )
+
+    largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
+    mean = work(lengths.selector_prompt[0], lengths.generator_row[0])
+    together = batch
+    if args.max_tokens_per_forward is not None:
+        most = max(largest.tokens(role) for role in ROLES)
+        together = max(1, min(batch, args.max_tokens_per_forward // most))
+
+    # Memory
+    half = args.bf16 or args.fp16 or models.dtype.itemsize == 2
+    memory = {
+        **cost.weight_bytes(roles, models.quantized),
+        **cost.training_bytes(roles, str(getattr(args.optim, "value", args.optim)), models.quantized, num_processes),
+    }
+    itemsize = 2 if half else 4
+    steps = {
+        role: cost.role_step_bytes(shapes[role], role, largest, together, itemsize, models.dtype.itemsize, full)
+        for role in trained
+    }
+    cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
+    if not args.gradient_checkpointing and once and len(trained) == 2:
+        # The selector's graph is held while the generator's is built.
+        memory["activations"] = sum(step["activations"] for step in steps.values()) + cache
+        memory["logits"] = sum(step["logits"] for step in steps.values())
+    else:
+        peak = max(steps.values(), key=lambda step: sum(step.values()))
+        memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
+
+    if half:
+        memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
+
+    # Work
+    parameters = cost.role_parameters(roles)
+    per_update = batch * num_processes * args.gradient_accumulation_steps
+    equivalents = {
+        role: cost.forward_equivalents(role, mean, role in trained, full and role in trained) for role in ROLES
+    }
+    row_lengths: dict[Role, int] = {"selector": mean.tokens("selector"), "generator": mean.generator_row}
+    flops_per_question = sum(
+        equivalents[role] * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role]) for role in ROLES
+    )
+    per_update_tokens = per_update * sum(mean.tokens(role) for role in ROLES)
+    rows = [
+        ("models", _describe_models(models)),
+        ("trained", f"{' and '.join(trained)}, {'full models' if full else 'as adapters'}"),
+        ("selector", f"prompts of {_range(lengths.selector_prompt)} tokens, {lengths.counted}"),
+        ("generator", f"prompts with answers of {_range(lengths.generator_row)} tokens, {lengths.counted}"),
+        ("processes", f"{num_processes}, {batch} questions at a time on each"),
+        (
+            "update",
+            f"{per_update:,} questions, {args.num_permutations} permutations each: {per_update_tokens:,} tokens",
+        ),
+        ("work of an update", f"{per_update * flops_per_question / 1e15:,.2f} PFLOP"),
+    ]
+    flops = None
+    if num_questions is not None:
+        updates, blocks, visits = _count_steps(args, num_questions, num_processes)
+        flops = visits * flops_per_question
+        hours = flops / num_processes / SUSTAINED_FLOPS / 3600
+        rows += [
+            ("questions", f"{num_questions:,} to train on, {num_eval:,} to evaluate on"),
+            ("run", f"{updates:,} updates, {blocks:,} E-steps"),
+            ("work of the run", f"{flops / 1e18:,.2f} EFLOP, evaluation left out"),
+            ("time of the run", f"{hours:,.1f} h if each device sustains {SUSTAINED_FLOPS / 1e12:.0f} TFLOP/s"),
+        ]
+    return Plan(rows, memory, flops)
+
+
+def _count_steps(args: DROConfig, num_questions: int, num_processes: int) -> tuple[int, int, int]:
+    """Updates, E-steps, and questions visited in a run."""
+    sampler = EstimationSampler(
+        num_questions,
+        args.per_device_train_batch_size,
+        args.steps_per_estimation,
+        args.maximization_epochs,
+        args.dataloader_drop_last,
+        world_size=num_processes,
+    )
+    per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    micro_batches = len(sampler) * updates / per_epoch
+    blocks = math.ceil(micro_batches / (sampler.block_size * args.maximization_epochs))
+    visited = round(num_questions * args.maximization_epochs * updates / per_epoch)
+    return updates, blocks, visited
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints the plan to the terminal."""
+    console = Console()
+    table = Table(title="The run", title_justify="left", show_header=False)
+    for name, value in plan.rows:
+        table.add_row(name, value)
+    console.print(table)
+    table = Table(title="Memory of each device", title_justify="left")
+    table.add_column("for")
+    table.add_column("GiB", justify="right")
+    for name, number in plan.memory.items():
+        if number:
+            table.add_row(name, f"{number / 2**30:.2f}")
+    table.add_section()
+    table.add_row("at most", f"{plan.peak / 2**30:.2f}")
+    console.print(table)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        console.print(f"This machine's first device has {total / 2**30:.1f} GiB.")
+    console.print("Leave 1 to 2 GiB for the device's context, its kernels' buffers and fragmentation.")
+
+
+def read_config(model: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """
+    Config of a model.
+
+    Raises:
+        `ValueError`: there is none at this place, or the Hub did not give it.
+    """
+    try:
+        return cast(
+            PreTrainedConfig,
+            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code),
+        )
+    except OSError as error:
+        raise ValueError(
+            f"the config of {model} cannot be read ({str(error).splitlines()[0]}): check the name, the network, and "
+            "whether you were given access; or name a folder with config.json"
+        ) from None
+
+
+def _describe_models(models: Models) -> str:
+    precision = str(models.dtype).removeprefix("torch.")
+    if models.quantized is not None:
+        precision = f"{8 * models.quantized:.1f} bits per weight"
+    names = dict.fromkeys(_name(config) for config in (models.selector_config, models.config) if config is not None)
+    return f"{' and '.join(names)}, {precision}"
+
+
+def _name(config: PreTrainedConfig) -> str:
+    return config.name_or_path or config.model_type
+
+
+def _range(values: tuple[float, int]) -> str:
+    mean, most = values
+    return f"{most:,}" if round(mean) == most else f"{mean:,.0f} (at most {most:,})"
