@@ -3,7 +3,6 @@ import math
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -273,89 +272,87 @@ class DROTrainer(RoleTrainer):
         with self._inference():
             samples = self._sample(questions, args.temperature, args.top_p, seeds, read)
             estimate = Estimate(batch, orders, targets, samples, read=read)
-            # When an estimate serves one update, the generator's loss forward is its scoring forward, unless it is to
-            # be a forward over significant permutations only.
+            # When an estimate serves one update, the generator's loss forward is its scoring forward too: the M-step
+            # fills `answer_logps`. Not if that forward is to be over significant permutations only.
             if not (self._estimates_serve_once and args.train_generator) or args.negligible_weight > 0:
                 estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        if args.negligible_weight > 0 and args.train_generator:
+            weights = self._weigh(estimate).importance
+            estimate.significant = significant_permutations(samples.permutations, weights, args.negligible_weight)
         return estimate
 
     def _maximization_step(self, model: nn.Module, estimate: Estimate, last: bool) -> Tensor:
         """
-        Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
-        forward: gradient checkpointing recomputes with the adapter that is active at that time.
+        Forward and backward of both weighted losses (equations 8 to 13), one role after the other; returns their sum.
+        Each backward ends before the other role's forward, as checkpointed layers are recomputed with the adapter that
+        is active at that time. The generator is first: its forward may be the one that `estimate.answer_logps`, and
+        with it the selector's coefficients, come from.
         """
         self._last_rows = estimate.batch.rows
         questions = reordered(self._records(estimate.batch.rows), estimate.orders)
-
-        significant, kept = estimate.samples.permutations, None
-        if self.args.negligible_weight > 0 and self.args.train_generator:
-            weights = self._weigh(estimate).importance
-            significant, kept = significant_permutations(significant, weights, self.args.negligible_weight)
-            self._means.add_all("generator/skipped_share", ~kept)
-            self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
-
-        def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            targets = [estimate.targets[row] for row in rows]
-            logps = self._answer_logps([questions[row] for row in rows], targets, significant[rows], wrapped)
-            return logps if kept is None else torch.where(kept[rows], logps, estimate.answer_logps[rows])
-
-        def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            everything = len(rows) == len(questions)
-            return self.rag.permutation_logps(
-                [questions[row] for row in rows],
-                estimate.samples.permutations[rows],
-                self.args.selector_likelihood,
-                wrapped,
-                estimate.read if everything else None,
-            )
-
-        total = torch.zeros((), device=self.args.device)
-        # The generator goes first: its forward may be the one that gives the weights.
+        loss = torch.zeros((), device=self.args.device)
         if self.args.train_generator:
-            last_backward = last and not self.args.train_selector
-            total += self._update("generator", model, estimate, answer_logps, last_backward)
+            loss += self._update("generator", model, estimate, questions, last and not self.args.train_selector)
         if self.args.train_selector:
-            total += self._update("selector", model, estimate, permutation_logps, last)
-        estimate.read = None  # its graph was used up
+            loss += self._update("selector", model, estimate, questions, last)
         self._log_estimate(estimate, questions)
-        return total / self.current_gradient_accumulation_steps
+        return loss / self.current_gradient_accumulation_steps
 
     def _update(
-        self,
-        role: Role,
-        model: nn.Module,
-        estimate: Estimate,
-        score: Callable[[list[int], nn.Module | None], Tensor],
-        last: bool,
+        self, role: Role, model: nn.Module, estimate: Estimate, questions: list[dict[str, Any]], last: bool
     ) -> Tensor:
         """
-        Forward and backward of one role's loss: minus the weighted log-probabilities that `score` gives for rows of
-        the micro-batch, summed over permutations, averaged over the questions of the global micro-batch. Returns the
-        loss, in nats per question.
+        One role's loss: minus the weighted log-probabilities, summed over permutations, averaged over the questions of
+        the global micro-batch. Leaves its gradient and returns the loss, in nats per question.
         """
-        rows = list(range(len(estimate.batch.rows)))
+        rows = list(range(len(questions)))
         with self._synced_backward(model, last):
-            with self.compute_loss_context_manager():
-                logps = score(rows, model)
-            if estimate.answer_logps is None:
+            logps = self._loss_forward(role, estimate, questions, rows, model)
+            if estimate.answer_logps is None:  # these are the generator's, of the very weights that the E-step has
                 estimate.answer_logps = logps.detach()
             weights = self._weigh(estimate)
             coefficients = weights.generator if role == "generator" else weights.selector
             counted = weights.usable & estimate.counted
-            if logps.isnan().any():
-                # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
-                broken = logps.isnan().any(dim=-1)
+            broken = logps.isnan().any(dim=-1)
+            if broken.any():
+                # Even with a weight of zero a NaN would reach every gradient: once more, without its questions.
                 self._warn_of_unusable(~(broken & weights.usable))
                 rows = (counted & ~broken).nonzero().flatten().tolist()
                 coefficients, counted = coefficients[rows], counted[rows]
-                with self.compute_loss_context_manager():
-                    logps = score(rows, None) if rows else self._zero(role).expand(0, 1)
+                logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
             loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         self._means.add(f"{role}/loss", loss)
         return loss.detach()
+
+    def _loss_forward(
+        self,
+        role: Role,
+        estimate: Estimate,
+        questions: list[dict[str, Any]],
+        rows: list[int],
+        wrapped: nn.Module | None = None,
+    ) -> Tensor:
+        """What the role's loss weighs, for rows of the micro-batch: log p(z|x) or log p(y|x, d_z), `(rows, m)`."""
+        chosen = [questions[row] for row in rows]
+        with self.compute_loss_context_manager():
+            if not rows:
+                return self._zero(role).expand(0, 1)
+            if role == "selector":
+                # The graph that `read` brings from the E-step is the selector's: nothing that the generator did since
+                # has touched it. It is of all questions, and ends with its one backward.
+                read = estimate.read if len(rows) == len(questions) else None
+                estimate.read = None
+                likelihood, permutations = self.args.selector_likelihood, estimate.samples.permutations[rows]
+                return self.rag.permutation_logps(chosen, permutations, likelihood, wrapped, read)
+            targets = [estimate.targets[row] for row in rows]
+            if estimate.significant is None:
+                return self._answer_logps(chosen, targets, estimate.samples.permutations[rows], wrapped)
+            permutations, kept = (tensor[rows] for tensor in estimate.significant)
+            logps = self._answer_logps(chosen, targets, permutations, wrapped)
+            return torch.where(kept, logps, estimate.answer_logps[rows])
 
     def _weigh(self, estimate: Estimate) -> Weights:
         args = self.args
@@ -390,6 +387,10 @@ class DROTrainer(RoleTrainer):
             self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
+        if estimate.significant is not None:
+            left_out = ~estimate.significant[1]
+            self._means.add_all("generator/skipped_share", left_out)
+            self._means.add("generator/skipped_weight", weights.importance[left_out].sum(), len(left_out))
         self._shown_permutations += permutation_rows(
             self.state.global_step + 1,
             questions,

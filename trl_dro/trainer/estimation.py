@@ -139,9 +139,13 @@ class Estimate:
         samples ([`~permutation.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
-            \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
+            \\( \log p(y \mid x, d_{z_i}) \\) in nats; filled by the E-step, or where the estimate serves one update by
+            the forward of the generator's loss.
+        significant (`tuple[Tensor, Tensor]`, *optional*):
+            See [`significant_permutations`]; what the generator's loss goes through where it may leave something out.
         read ([`~shared_prefix.ReadPrompts`], *optional*):
-            Selector prompts in the cache, with the graph that the M-step's gradient flows through.
+            Selector prompts in the cache, with the graph that the selector's gradient flows through; taken by the
+            forward of its loss.
     """
 
     batch: QuestionBatch
@@ -149,6 +153,7 @@ class Estimate:
     targets: list[list[str]]
     samples: PermutationSamples
     answer_logps: Tensor | None = None
+    significant: tuple[Tensor, Tensor] | None = None
     read: ReadPrompts | None = None
 
     @property
