@@ -179,6 +179,7 @@ class DROTrainer(RoleTrainer):
                 self._train_batch_size,
                 args.steps_per_estimation,
                 args.maximization_epochs,
+                args.gradient_accumulation_steps,
                 drop_last=args.dataloader_drop_last,
                 seed=args.seed if args.data_seed is None else args.data_seed,
                 rank=args.process_index,
@@ -211,10 +212,15 @@ class DROTrainer(RoleTrainer):
             return self._em_step(model, inputs)
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        """E-step, unless that of the block serves this micro-batch too, and M-step. Returns both losses, added up."""
+        """
+        E-step, unless that of the block serves this micro-batch too, and M-step. Returns the micro-batch's share of
+        the update's loss, which is the sum of both roles'.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        if not inputs.block:  # a filler
+            return loss
         parts = self._split(inputs.block[inputs.position])
         self._shown_permutations = []
-        loss = torch.zeros((), device=self.args.device)
         seconds = {"e_step": 0.0, "m_step": 0.0}
         for number, part in enumerate(parts, start=1):
             start = time.perf_counter()
@@ -223,7 +229,7 @@ class DROTrainer(RoleTrainer):
             else:
                 estimate = self._block_estimates(inputs)[number - 1]
             middle = time.perf_counter()
-            loss += self._maximization_step(model, estimate, last=number == len(parts))
+            loss += self._maximization_step(model, estimate, inputs.update_size, last=number == len(parts))
             seconds["e_step"] += middle - start
             seconds["m_step"] += time.perf_counter() - middle
         self._means.add_speed(seconds, self.rag.count)
@@ -281,7 +287,7 @@ class DROTrainer(RoleTrainer):
             estimate.significant = significant_permutations(samples.permutations, weights, args.negligible_weight)
         return estimate
 
-    def _maximization_step(self, model: nn.Module, estimate: Estimate, last: bool) -> Tensor:
+    def _maximization_step(self, model: nn.Module, estimate: Estimate, update_size: float, last: bool) -> Tensor:
         """
         Forward and backward of both weighted losses (equations 8 to 13), one role after the other; returns their sum.
         Each backward ends before the other role's forward, as checkpointed layers are recomputed with the adapter that
@@ -292,18 +298,25 @@ class DROTrainer(RoleTrainer):
         questions = reordered(self._records(estimate.batch.rows), estimate.orders)
         loss = torch.zeros((), device=self.args.device)
         if self.args.train_generator:
-            loss += self._update("generator", model, estimate, questions, last and not self.args.train_selector)
+            last_backward = last and not self.args.train_selector
+            loss += self._update("generator", model, estimate, questions, update_size, last_backward)
         if self.args.train_selector:
-            loss += self._update("selector", model, estimate, questions, last)
+            loss += self._update("selector", model, estimate, questions, update_size, last)
         self._log_estimate(estimate, questions)
-        return loss / self.current_gradient_accumulation_steps
+        return loss
 
     def _update(
-        self, role: Role, model: nn.Module, estimate: Estimate, questions: list[dict[str, Any]], last: bool
+        self,
+        role: Role,
+        model: nn.Module,
+        estimate: Estimate,
+        questions: list[dict[str, Any]],
+        update_size: float,
+        last: bool,
     ) -> Tensor:
         """
-        One role's loss: minus the weighted log-probabilities, summed over permutations, averaged over the questions of
-        the global micro-batch. Leaves its gradient and returns the loss, in nats per question.
+        One role's loss: minus the weighted log-probabilities, summed over permutations and divided by the questions of
+        the whole update, over all micro-batches and processes. Leaves its gradient and returns the loss, in nats.
         """
         rows = list(range(len(questions)))
         with self._synced_backward(model, last):
@@ -322,9 +335,10 @@ class DROTrainer(RoleTrainer):
                 logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
-            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-        self._means.add(f"{role}/loss", loss)
+            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / update_size
+            self.accelerator.backward(loss)
+        # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
+        self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)
         return loss.detach()
 
     def _loss_forward(
