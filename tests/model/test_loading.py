@@ -5,8 +5,8 @@ from peft import LoraConfig
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from trl_dro import DROConfig
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.loading import build_prompts, context_length
-from trl_dro.model.permutation import PermutationCodec
 from trl_dro.model.prompts import PromptTooLongError
 from trl_dro.model.roles import ROLES
 from trl_dro.trainer.inputs import load_model, load_roles, load_tokenizers, refuse_unsupported

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trl_dro.model.importance import importance_weights, selector_coefficients
-from trl_dro.model.permutation import PermutationSamples
 from trl_dro.model.roles import ROLES
+from trl_dro.model.sampling import PermutationSamples
 from trl_dro.trainer.estimation import (
     Estimate,
     draw,

@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .codec import PermutationCodec
 from .likelihood import CompletionLogits, completion_logps, pad_rows
-from .permutation import (
-    PermutationCodec,
-    PermutationSamples,
-    SelectorLikelihood,
-    permutation_logps,
-    sample_permutations,
-    unique_permutations,
-)
+from .permutation import SelectorLikelihood, permutation_logps, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
+from .sampling import PermutationSamples, sample_permutations
 from .shared_prefix import PackedModel, ReadPrompts, TokenCount, share_prefixes
 
 
@@ -41,7 +36,7 @@ class RAGModel:
             Tokenizer of each role.
         prompts (`dict[str, PromptBuilder]`):
             Prompt builder of each role.
-        codec ([`~permutation.PermutationCodec`]):
+        codec ([`~codec.PermutationCodec`]):
             Form in which the selector writes permutations.
         device (`torch.device`):
             Device of the models.
@@ -95,7 +90,7 @@ class RAGModel:
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~permutation.sample_permutations`].
+        Permutations drawn from the selector, see [`~sampling.sample_permutations`].
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -114,7 +109,7 @@ class RAGModel:
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
 
         Returns:
-            [`~permutation.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
+            [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
 
         Raises:
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.

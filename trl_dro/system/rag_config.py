@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.storage import write_whole
+from ..model.codec import PermutationCodec
 from ..model.loading import build_prompts
-from ..model.permutation import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template
 from ..model.roles import Role
 

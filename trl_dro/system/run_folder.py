@@ -25,8 +25,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..data.lines import first_line
+from ..model.codec import PermutationCodec
 from ..model.loading import longest_sequence, prepare_tokenizer
-from ..model.permutation import PermutationCodec
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
 from .rag_config import CONFIG_FILE, RAGConfig

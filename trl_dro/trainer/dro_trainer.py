@@ -20,10 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.schema import validate_dataset
 from ..evaluation.scoring import answer_and_score, score_bounds
-from ..model.permutation import PermutationSamples
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (

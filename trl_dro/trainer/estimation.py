@@ -21,7 +21,7 @@ from ..model.importance import (
     selector_coefficients,
     weight_entropy,
 )
-from ..model.permutation import PermutationSamples
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts
 from .schedule import QuestionBatch
 
@@ -136,7 +136,7 @@ class Estimate:
             See [`Draws`].
         targets (`list[list[str]]` of length `B`):
             See [`Draws`].
-        samples ([`~permutation.PermutationSamples`]):
+        samples ([`~sampling.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
             \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
