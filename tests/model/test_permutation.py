@@ -1,14 +1,16 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
+import math
+import random
 
 import pytest
 import torch
 
 from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.likelihood import completion_logits
-from trl_dro.model.permutation import permutation_logps, unique_permutations
+from trl_dro.model.permutation import permutation_logps, retriever_logits, unique_permutations
 
-from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama
+from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama, word_level_tokenizer
 
 
 CPU = torch.device("cpu")
@@ -56,3 +58,88 @@ def test_unique_permutations_map_every_sample_to_its_pair():
     pairs, inverse = unique_permutations(permutations)
     assert pairs == [(0, [1, 2]), (0, [2, 1]), (1, [1, 2])]
     assert inverse.tolist() == [[0, 1, 0], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_with_a_prior_probabilities_of_all_permutations_still_sum_to_one(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    prompt = tokenizer("Question: who wrote the book?").input_ids
+    for n, k, strength in ((12, 2, 1.0), (12, 2, 40.0), (4, 3, 2.5)):
+        codec = PermutationCodec(tokenizer, 12, num_selected=k)
+        prior = retriever_logits(random.Random(n).sample(range(1, n + 1), n), strength)
+        everything = list(itertools.permutations(range(1, n + 1), k))
+        with torch.no_grad():
+            logps = enumerate_logps(
+                model, codec, prompt, everything, n, document_logits=[prior] * len(everything)
+            ).double()
+        assert logps.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_prior_multiplies_the_models_own_choice_where_an_id_is_one_choice():
+    tokenizer = bpe_tokenizer(split_digits=False)
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 12, num_selected=1)
+    prompt, everything = tokenizer("Question: who?").input_ids, [[i] for i in range(1, 13)]
+    prior = retriever_logits(range(12, 0, -1), 1.5)
+    with torch.no_grad():
+        alone = enumerate_logps(model, codec, prompt, everything, 12)
+        actual = enumerate_logps(model, codec, prompt, everything, 12, document_logits=[prior] * 12)
+    torch.testing.assert_close(actual, (alone + torch.tensor(prior)).log_softmax(dim=0))
+
+
+def test_an_id_of_several_tokens_gets_its_prior_where_the_model_is_indifferent_among_those_that_begin_alike():
+    """A token's prior is the mean over what it can become, so that the parts multiply to that of the id."""
+    codec = PermutationCodec(bpe_tokenizer(split_digits=True), 12, num_selected=1)
+    prior = retriever_logits(random.Random(0).sample(range(1, 13), 12), 2.0)
+    logps = []
+    for i in range(1, 13):
+        _, branches = codec.encode([i], 12, prior)
+        logp = 0.0
+        for branch in branches:
+            # Ids that each token can become: a model indifferent among ids gives it their number.
+            begun = next(
+                begun for begun, ids in codec.continuations.items() if sorted({*ids.values()}) == branch.allowed
+            )
+            ids = [[i for i, token in codec.continuations[begun].items() if token == each] for each in branch.allowed]
+            logits = torch.tensor([math.log(len(each)) for each in ids]) + torch.tensor(branch.prior)
+            logp += logits.log_softmax(dim=-1)[branch.chosen].item()
+        logps.append(logp)
+    assert len(branches) == 2
+    torch.testing.assert_close(torch.tensor(logps), torch.tensor(prior).log_softmax(dim=0))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_prior_of_zero_is_the_model_alone_bit_for_bit(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 12, num_selected=3)
+    prompt, permutations = tokenizer("Question: who?").input_ids, [[1, 12, 3], [11, 1, 10]]
+    prior = retriever_logits(range(1, 13), 0.0)
+    alone = enumerate_logps(model, codec, prompt, permutations, 12)
+    assert torch.equal(alone, enumerate_logps(model, codec, prompt, permutations, 12, document_logits=[prior] * 2))
+
+
+def test_a_prior_and_the_likelihood_of_free_text_are_refused_together():
+    codec = PermutationCodec(word_level_tokenizer(), 4, num_selected=2)
+    with pytest.raises(ValueError, match="knows no prior"):
+        permutation_logps(lambda tokens: None, codec, [[1, 2]], [4], "full_vocabulary", [[0.0] * 4])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_gradient_with_a_prior_is_that_of_the_enumerated_distribution(kind):
+    """The score function has mean zero under the distribution with the prior, and not under the one without."""
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer).double()
+    codec = PermutationCodec(tokenizer, 12, num_selected=2)
+    prompt, everything = tokenizer("Question: who?").input_ids, list(itertools.permutations(range(1, 12), 2))
+    prior = retriever_logits(random.Random(1).sample(range(1, 12), 11), 1.0)
+    logps = enumerate_logps(model, codec, prompt, everything, 11, document_logits=[prior] * len(everything))
+    weight = model.get_output_embeddings().weight
+
+    def mean_score(probabilities):
+        [gradient] = torch.autograd.grad((probabilities.detach() * logps).sum(), weight, retain_graph=True)
+        return gradient.abs().max().item()
+
+    without = enumerate_logps(model, codec, prompt, everything, 11).exp()
+    assert mean_score(logps.exp()) < 1e-5 < 1e-2 < mean_score(without)

@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
+import random
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from scipy.stats import chisquare
 from transformers import MistralConfig, MistralForCausalLM, set_seed
 
 from trl_dro.model.codec import PermutationCodec
+from trl_dro.model.permutation import retriever_logits
 from trl_dro.model.sampling import sample_permutations, truncate_to_top_p
 from trl_dro.model.shared_prefix import PackedModel
 
@@ -151,3 +153,48 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     torch.testing.assert_close(truncate_to_top_p(logps, 0.7).exp(), torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
     torch.testing.assert_close(truncate_to_top_p(logps, 0.4).exp(), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
     assert truncate_to_top_p(logps, 1.0) is logps
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_with_a_prior_sampled_log_probabilities_equal_scored_ones(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 20, num_selected=3)
+    prompts = [tokenizer(text).input_ids for text in ("Question: who?", "Question: who wrote the book in Paris?")]
+    priors = [retriever_logits(random.Random(n).sample(range(1, n + 1), n), 1.5) for n in (20, 13)]
+    samples = draw(model, codec, prompts, [20, 13], 6, temperature=1.3, document_logits=priors)
+    for i, n in enumerate((20, 13)):
+        permutations = samples.permutations[i].tolist()
+        scored = enumerate_logps(model, codec, prompts[i], permutations, n, document_logits=[priors[i]] * 6)
+        torch.testing.assert_close(samples.logps[i], scored.detach(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_strong_prior_is_the_retrievers_order(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 20, num_selected=6)
+    ranks = random.Random(0).sample(range(1, 21), 20)
+    expected = sorted(range(1, 21), key=lambda i: ranks[i - 1])[:6]
+    for greedy in (True, False):
+        samples = draw(
+            model,
+            codec,
+            [tokenizer("Question: who?").input_ids],
+            [20],
+            2,
+            greedy=greedy,
+            document_logits=[retriever_logits(ranks, 1000.0)],
+        )
+        assert samples.permutations.tolist() == [[expected] * 2]
+
+
+def test_a_prior_of_zero_draws_what_is_drawn_without():
+    tokenizer = bpe_tokenizer(split_digits=True)
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 20, num_selected=4)
+    prompt, zero = tokenizer("Question: who?").input_ids, retriever_logits(range(1, 21), 0.0)
+    without, with_zero = (
+        draw(model, codec, [prompt], [20], 8, seeds=[3], document_logits=prior) for prior in (None, [zero])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(without, with_zero, strict=True))

@@ -50,10 +50,11 @@ def test_targets_are_the_first_answer_one_by_chance_or_all():
     assert set(drawn) == {0, 1}
 
 
-def test_reordering_moves_the_documents_alone():
+def test_reordering_moves_the_documents_alone_and_remembers_where_they_stood():
     [record] = make_dataset(1).to_list()
     [moved] = reordered([record], [[2, 0, 3, 1]])
     assert moved["documents"] == [record["documents"][i] for i in (2, 0, 3, 1)]
+    assert moved.pop("retrieval_ranks") == [3, 1, 4, 2]
     assert {**moved, "documents": record["documents"]} == record
 
 

@@ -4,8 +4,13 @@
 A permutation of K of n documents is written `[3] > [1] > [17]`. Writing is *constrained*: at every token only those
 continuations are allowed that lead to an id that exists and was not chosen yet. Where a single continuation is left
 the token is forced and costs nothing; where several are left there is a *branch*.
+
+Documents can have a prior, a logit for each that is added to the model's own at every choice. An id of several tokens
+has several branches, so the prior is carried down them: a token's is the log of the mean of the exponentials over the
+ids that it can still become. The mean, and not the sum, because a prior of zero must change nothing.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +27,7 @@ class Branch(NamedTuple):
 
     position: int  # index into the completion's tokens
     allowed: list[int]  # token ids that could have been written here
+    prior: list[float]  # what is added to their logits
     chosen: int  # index into `allowed`
 
 
@@ -90,7 +96,12 @@ class PermutationCodec:
         longest_id = max(len(tokens) for tokens in self.id_tokens.values())
         return self.num_selected * (longest_id + len(self.separator)) - len(self.separator) + len(self.end)
 
-    def encode(self, permutation: Sequence[int], num_documents: int | None = None) -> tuple[list[int], list[Branch]]:
+    def encode(
+        self,
+        permutation: Sequence[int],
+        num_documents: int | None = None,
+        document_logits: Sequence[float] | None = None,
+    ) -> tuple[list[int], list[Branch]]:
         """
         Tokens of a permutation, the end-of-sequence token included, and the branches among them.
 
@@ -99,6 +110,8 @@ class PermutationCodec:
                 K distinct ids from 1 to `num_documents`.
             num_documents (`int`, *optional*, defaults to `max_documents`):
                 Number of candidates of this question.
+            document_logits (`list[float]` of length `num_documents`, *optional*):
+                Prior of each document, in nats; zero by default.
 
         Returns:
             `tuple[list[int], list[Branch]]`
@@ -112,12 +125,12 @@ class PermutationCodec:
             raise ValueError(f"permutation {permutation} is not {self.num_selected} distinct ids")
         if not set(permutation) <= set(range(1, num_documents + 1)):
             raise ValueError(f"permutation {permutation} has ids outside 1..{num_documents}")
-        writer = Writer(self, num_documents)
+        writer = Writer(self, num_documents, document_logits)
         branches = []
         while allowed := writer.allowed():
             target = permutation[len(writer.permutation)]
             chosen = allowed.index(self.continuations[writer.prefix][target])
-            branches.append(Branch(len(writer.tokens), allowed, chosen))
+            branches.append(Branch(len(writer.tokens), allowed, writer.prior(), chosen))
             writer.write(allowed[chosen])
         return writer.tokens, branches
 
@@ -158,6 +171,8 @@ class Writer:
             Form of the permutation.
         num_documents (`int`):
             Number of candidates.
+        document_logits (`list[float]` of length `num_documents`, *optional*):
+            Prior of each document, in nats; zero by default.
 
     Attributes:
         permutation (`list[int]`):
@@ -170,8 +185,9 @@ class Writer:
             Tokens that the model has read. A prompt is read together with the tokens that are forced at the start.
     """
 
-    def __init__(self, codec: PermutationCodec, num_documents: int):
+    def __init__(self, codec: PermutationCodec, num_documents: int, document_logits: Sequence[float] | None = None):
         self.codec = codec
+        self.document_logits = document_logits
         self.remaining = set(range(1, num_documents + 1))
         self.permutation: list[int] = []
         self.tokens: list[int] = []
@@ -181,10 +197,15 @@ class Writer:
 
     def allowed(self) -> list[int]:
         """Tokens that may come next; none when the permutation is complete."""
-        if len(self.permutation) == self.codec.num_selected:
-            return []
-        continuations = self.codec.continuations[self.prefix]
-        return sorted({token for i, token in continuations.items() if i in self.remaining})
+        return sorted(self._ids_by_token())
+
+    def prior(self) -> list[float]:
+        """What is added to the logit of each allowed token."""
+        ids_by_token = self._ids_by_token()
+        if self.document_logits is None:
+            return [0.0] * len(ids_by_token)
+        logits = [[self.document_logits[i - 1] for i in ids] for _, ids in sorted(ids_by_token.items())]
+        return [_log_mean_exp(each) for each in logits]
 
     def write(self, token: int) -> None:
         """Writes a chosen token and all that it forces."""
@@ -194,6 +215,15 @@ class Writer:
     def unread(self) -> list[int]:
         """Tokens that the model must read to predict the next; none when there is no next."""
         return self.tokens[self.num_read :] if self.allowed() else []
+
+    def _ids_by_token(self) -> dict[int, list[int]]:
+        """Tokens that may come next, and the ids that each can still become."""
+        ids_by_token: dict[int, list[int]] = {}
+        if len(self.permutation) < self.codec.num_selected:
+            for i, token in self.codec.continuations[self.prefix].items():
+                if i in self.remaining:
+                    ids_by_token.setdefault(token, []).append(i)
+        return ids_by_token
 
     def _write_forced(self) -> None:
         while len(allowed := self.allowed()) == 1:
@@ -210,6 +240,11 @@ class Writer:
         self.prefix = ()
         complete = len(self.permutation) == self.codec.num_selected
         self.tokens.extend(self.codec.end if complete else self.codec.separator)
+
+
+def _log_mean_exp(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    return highest + math.log(sum(math.exp(logit - highest) for logit in logits) / len(logits))
 
 
 def parse_permutation(text: str, num_documents: int, num_selected: int) -> ParsedPermutation:

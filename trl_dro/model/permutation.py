@@ -4,10 +4,12 @@ r"""The selector's distribution over document permutations: log-probabilities of
 Permutations are written as [`~codec.PermutationCodec`] says. At every branch the model's probabilities are
 renormalised over the tokens that are allowed there. The product over branches is therefore a proper distribution over
 the n!/(n-K)! permutations, \\( p(z \mid x) = \prod_t p(z_t \mid z_{<t}, x) \\) (equation 1 of
-https://huggingface.co/papers/2505.03075), whatever the tokenizer makes of the digits.
+https://huggingface.co/papers/2505.03075), whatever the tokenizer makes of the digits, and whatever prior is added to
+the documents' logits.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,6 +29,7 @@ def permutation_logps(
     permutations: Sequence[Sequence[int]],
     num_documents: Sequence[int],
     likelihood: SelectorLikelihood = "constrained",
+    document_logits: Sequence[Sequence[float] | None] | None = None,
 ) -> Tensor:
     r"""
     \\( \log p(z \mid x) \\) of given permutations, differentiable.
@@ -45,19 +48,27 @@ def permutation_logps(
             `"constrained"` is the distribution that [`~sampling.sample_permutations`] draws from. `"full_vocabulary"`
             is the plain likelihood of the written tokens, end-of-sequence included, as in the paper: it also rewards
             writing the format, and sums to less than 1 over permutations.
+        document_logits (`list[list[float]]` of length `R`, *optional*):
+            Prior of the documents of each permutation's question, see [`retriever_logits`].
 
     Returns:
         `Tensor` of shape `(R,)`: nats, `float32`.
+
+    Raises:
+        `ValueError`: a prior with `"full_vocabulary"`, which is the likelihood of a text that a model writes alone.
     """
-    encoded = [codec.encode(z, n) for z, n in zip(permutations, num_documents, strict=True)]
+    priors = [None] * len(permutations) if document_logits is None else document_logits
+    if likelihood == "full_vocabulary" and any(prior is not None for prior in priors):
+        raise ValueError("likelihood='full_vocabulary' knows no prior of the documents: use constrained")
+    encoded = [codec.encode(z, n, prior) for z, n, prior in zip(permutations, num_documents, priors, strict=True)]
     completion = complete([tokens for tokens, _ in encoded])
     if likelihood == "full_vocabulary":
         return completion_logps(completion)
     device = completion.logits.device
     starts = itertools.accumulate(completion.lengths, initial=0)
-    # Row, index into all tokens, choice and alternatives of every branch
+    # Row, index into all tokens, choice, alternatives and their prior, of every branch
     branches = [
-        (row, start + branch.position, branch.chosen, branch.allowed)
+        (row, start + branch.position, branch.chosen, branch.allowed, branch.prior)
         for row, ((_, branches), start) in enumerate(zip(encoded, starts, strict=False))
         for branch in branches
     ]
@@ -65,7 +76,8 @@ def permutation_logps(
     if not branches:  # a single document to choose from: probability 1, kept in the graph
         return total + 0.0 * completion.logits.sum().float()
     rows, indices, chosen = torch.tensor([branch[:3] for branch in branches], device=device).unbind(dim=-1)
-    branch_logits, _ = allowed_logits(completion.logits[indices], [allowed for *_, allowed in branches])
+    *_, allowed, prior = zip(*branches, strict=True)
+    branch_logits, _ = allowed_logits(completion.logits[indices], allowed, prior)
     branch_logps = branch_logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     return total.index_add(0, rows, branch_logps)
 
@@ -91,7 +103,38 @@ def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]
     return pairs, torch.tensor(inverse, device=permutations.device)
 
 
-def allowed_logits(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Logits `(R, A)` of the allowed tokens of each row, `-inf` in the padding, and their token ids `(R, A)`."""
+def retriever_logits(ranks: Sequence[int], strength: float) -> list[float]:
+    r"""
+    The retriever's prior of each document, \\( \alpha \log r_i \\) with \\( r_i \\) one over its rank. The greater
+    \\( \alpha \\) is, the nearer the selector comes to the retriever's order, all that an infinite one leaves.
+
+    Args:
+        ranks (`list[int]`):
+            Place of each document among the candidates as they were retrieved, from 1.
+        strength (`float`):
+            \\( \alpha \\), from 0.
+
+    Returns:
+        `list[float]`: nats.
+
+    Example:
+
+    ```python
+    >>> from trl_dro.model.permutation import retriever_logits
+
+    >>> [round(logit, 2) for logit in retriever_logits([2, 1, 3], strength=2.0)]
+    [-1.39, 0.0, -2.2]
+    ```
+    """
+    return [0.0 - strength * math.log(rank) for rank in ranks]
+
+
+def allowed_logits(
+    logits: Tensor, allowed: Sequence[Sequence[int]], prior: Sequence[Sequence[float]]
+) -> tuple[Tensor, Tensor]:
+    """
+    Logits `(R, A)` of the allowed tokens of each row with their prior, `-inf` in the padding, and their ids `(R, A)`.
+    """
     ids, mask = pad_rows(allowed, 0, logits.device, side="right")
-    return logits.float().gather(-1, ids).masked_fill(~mask, float("-inf")), ids
+    padded = torch.tensor([[*row, *[0.0] * (ids.shape[1] - len(row))] for row in prior], device=logits.device)
+    return (logits.float().gather(-1, ids) + padded).masked_fill(~mask, float("-inf")), ids

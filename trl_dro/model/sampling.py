@@ -51,6 +51,7 @@ def sample_permutations(
     top_p: float = 1.0,
     greedy: bool = False,
     seeds: Sequence[int] | None = None,
+    document_logits: Sequence[Sequence[float] | None] | None = None,
 ) -> PermutationSamples:
     """
     Draws permutations from the constrained distribution. All permutations of a question share its prompt's cache; a
@@ -77,6 +78,8 @@ def sample_permutations(
         seeds (`list[int]` of length `B`, *optional*):
             Seed of each question's draws, which then do not depend on the batch, the process or the device it is in.
             Drawn from the global generator by default.
+        document_logits (`list[list[float]]` of length `B`, *optional*):
+            Prior of each question's documents, see [`~permutation.retriever_logits`].
 
     Returns:
         [`PermutationSamples`]
@@ -87,8 +90,10 @@ def sample_permutations(
     noise = torch.stack(
         [torch.rand(num_permutations, codec.max_length, generator=torch.Generator().manual_seed(s)) for s in seeds]
     )
+    priors = [None] * len(num_documents) if document_logits is None else document_logits
+    questions = list(zip(num_documents, priors, strict=True))
     parts = [
-        _draw(model, codec, read, num_documents, part, temperature, top_p, greedy)
+        _draw(model, codec, read, questions, part, temperature, top_p, greedy)
         for part in torch.split(noise, MAX_SAMPLES_IN_ROW, dim=1)
     ]
     return PermutationSamples(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
@@ -98,15 +103,18 @@ def _draw(
     model: PackedModel,
     codec: PermutationCodec,
     read: ReadPrompts,
-    num_documents: Sequence[int],
+    questions: Sequence[tuple[int, Sequence[float] | None]],
     noise: Tensor,
     temperature: float,
     top_p: float,
     greedy: bool,
 ) -> PermutationSamples:
-    """Samples of each question in one row, by the uniform numbers `noise` of shape `(B, m, choices)`."""
+    """
+    Samples of each question in one row, by the uniform numbers `noise` of shape `(B, m, choices)`. A question is known
+    by the number of its documents and their prior.
+    """
     num_questions, num_permutations = noise.shape[:2]
-    writers = [Writer(codec, n) for n in num_documents for _ in range(num_permutations)]  # B * m, by question
+    writers = [Writer(codec, n, prior) for n, prior in questions for _ in range(num_permutations)]  # B * m
     logps = torch.zeros(len(writers), device=model.device)
     proposal_logps = torch.zeros(len(writers), device=model.device)
 
@@ -117,7 +125,9 @@ def _draw(
     for uniform in noise.flatten(0, 1).unbind(dim=-1):
         if not writing:
             break
-        branch_logits, tokens = allowed_logits(logits, [writers[i].allowed() for i in writing])
+        branch_logits, tokens = allowed_logits(
+            logits, [writers[i].allowed() for i in writing], [writers[i].prior() for i in writing]
+        )
         log_p = branch_logits.log_softmax(dim=-1)  # [being written, most allowed tokens]
         # A broken row (NaN) is sampled as if uniform; its log p stays NaN, by which it is known later.
         log_q = truncate_to_top_p((branch_logits.nan_to_num(nan=0.0) / temperature).log_softmax(dim=-1), top_p)

@@ -162,7 +162,9 @@ class DROTrainer(RoleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
+        self.rag = RAGModel(
+            self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
+        )
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 

@@ -81,7 +81,8 @@ def draw(
 
 def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """
-    Records with their documents as they are shown to the selector.
+    Records with their documents as they are shown to the selector, and their places in the retriever's order under
+    `retrieval_ranks`.
 
     Args:
         records (`list[dict]` of length `B`):
@@ -93,7 +94,11 @@ def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]
         `list[dict]` of length `B`
     """
     return [
-        {**record, "documents": [record["documents"][i] for i in order]}
+        {
+            **record,
+            "documents": [record["documents"][i] for i in order],
+            "retrieval_ranks": [i + 1 for i in order],
+        }
         for record, order in zip(records, orders, strict=True)
     ]
 
