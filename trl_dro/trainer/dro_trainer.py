@@ -35,7 +35,7 @@ from .estimation import (
     significant_permutations,
 )
 from .inputs import check_inputs, load_roles, refuse_unsupported
-from .logs import QUESTIONS_PER_LOG, permutation_rows, print_permutations, save_permutations
+from .logs import keep_permutations, permutation_rows
 from .role_trainer import RoleTrainer
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 
@@ -403,18 +403,8 @@ class DROTrainer(RoleTrainer):
             self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
-        if estimate.significant is not None:
-            left_out = ~estimate.significant[1]
-            self._means.add_all("generator/skipped_share", left_out)
-            self._means.add("generator/skipped_weight", weights.importance[left_out].sum(), len(left_out))
-        self._shown_permutations += permutation_rows(
-            self.state.global_step + 1,
-            questions,
-            estimate.targets,
-            estimate.samples,
-            estimate.answer_logps,
-            weights.generator,
-        )
+        scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
+        self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes, to a log of training."""
@@ -426,12 +416,13 @@ class DROTrainer(RoleTrainer):
             most = min(self.args.num_permutations, num_possible)
             self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
             if self._shown_permutations and self.is_world_process_zero():
-                shown, trackers = self._shown_permutations, self.args.report_to
-                if self.args.log_permutations:
-                    print_permutations(shown[: self.args.num_permutations])
-                else:  # a few, for `trl-dro report`
-                    shown, trackers = shown[: QUESTIONS_PER_LOG * self.args.num_permutations], []
-                save_permutations(shown, self.args.output_dir, trackers)
+                keep_permutations(
+                    self._shown_permutations,
+                    self.args.num_permutations,
+                    self.args.log_permutations,
+                    self.args.output_dir,
+                    self.args.report_to,
+                )
         super().log(logs, start_time)
 
     def _warn_of_collapse(self, unique_share: float) -> None:

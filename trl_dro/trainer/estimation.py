@@ -217,7 +217,7 @@ class Estimate:
         kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
         answer_logps, correction = answer_logps[kept], correction[kept]
         unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
-        return {
+        statistics = {
             "masked_question_share": ~weights.usable[self.counted],
             "elbo": elbo(answer_logps, correction),
             "iwae_bound": iwae_bound(answer_logps, correction),
@@ -229,6 +229,11 @@ class Estimate:
             "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),
             "unique_permutations": torch.tensor(unique),
         }
+        if self.significant is not None:
+            left_out = ~self.significant[1][self.counted]
+            statistics["generator/skipped_share"] = left_out.float().mean(dim=-1)
+            statistics["generator/skipped_weight"] = (left_out * weights.importance[self.counted]).sum(dim=-1)
+        return statistics
 
     def _scored(self) -> tuple[Tensor, Tensor]:
         if self.answer_logps is None:
