@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .control_tokens import end_token_id
 from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import (
     PermutationCodec,
@@ -313,19 +314,24 @@ class RAGModel:
         ]
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
-        end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+        ends = {tokenizer.eos_token_id, end_token_id(tokenizer)}
+        ends |= {declared} if isinstance(declared, int) else set(declared or [])
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(end_tokens),
+            eos_token_id=sorted(ends),
         )
 
         def generate(rows: list[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
-            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)
-            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)[
+                :, input_ids.shape[1] :
+            ]
+            # The end of a turn need not be declared special.
+            written = [[token for token in row if token not in ends] for row in generated.tolist()]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             return [text.strip() for text in texts]
 
         with _generation_config(model, greedy):
