@@ -314,7 +314,8 @@ class RAGModel:
         ]
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, end_token_id(tokenizer)}
+        end = end_token_id(tokenizer)
+        ends = {tokenizer.eos_token_id, end}
         ends |= {declared} if isinstance(declared, int) else set(declared or [])
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
@@ -330,7 +331,7 @@ class RAGModel:
                 :, input_ids.shape[1] :
             ]
             # The end of a turn need not be declared special.
-            written = [[token for token in row if token not in ends] for row in generated.tolist()]
+            written = [[token for token in row if token != end] for row in generated.tolist()]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             return [text.strip() for text in texts]
 
