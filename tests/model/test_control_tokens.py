@@ -4,8 +4,8 @@ import torch
 from peft import LoraConfig
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizer
 
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.control_tokens import MARK, control_tokens, end_token_id, escape_marked, text_ids
-from trl_dro.model.permutation import PermutationCodec
 from trl_dro.model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
 from trl_dro.model.rag_model import RAGModel
 from trl_dro.model.roles import Roles, prepare_role_model
