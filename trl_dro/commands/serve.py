@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""`trl-dro serve`: a trained system over HTTP. The server itself is in `server.py`, whose packages are an extra."""
+"""`trl-dro serve`: a trained system over HTTP, with a page to try it."""
 
 from dataclasses import dataclass, field
 
