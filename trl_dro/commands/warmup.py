@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from ..data.files import load_records
 from ..data.schema import validate_dataset
 from ..demo.tiny import tiny_model_for
-from ..model.permutation import PermutationCodec
+from ..model.codec import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
 from ..model.roles import ROLES
 from ..trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
