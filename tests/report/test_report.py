@@ -264,7 +264,7 @@ def test_evaluations_that_are_not_finished_or_damaged_are_refused(run, results, 
     assert not (run / "report").exists()
 
 
-@pytest.mark.parametrize("module, package", [("report_figures", "matplotlib"), ("report", "jinja2")])
+@pytest.mark.parametrize("module, package", [("report.figures", "matplotlib"), ("report.report", "jinja2")])
 def test_without_a_package_of_the_extra_the_extra_is_named(monkeypatch, module, package):
     monkeypatch.delitem(sys.modules, f"trl_dro.{module}")
     monkeypatch.setitem(sys.modules, package, None)

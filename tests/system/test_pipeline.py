@@ -83,6 +83,19 @@ def test_probabilities_of_the_choices_multiply_to_that_of_the_permutation(pipe):
         )
 
 
+def test_the_retrievers_prior_is_part_of_the_choices_and_of_their_probabilities(run):
+    strong, mild = (RAGPipeline.from_pretrained(run[0], options=CPU, retriever_prior=prior) for prior in (1e3, 1.0))
+    assert all(places(output) == [1, 2] for output in ask_all(strong))
+    # Fewer documents than are selected are ranked by a model of their own.
+    assert places(strong("who?", documents=RECORDS[0]["documents"][:1])) == [1]
+    every = [list(z) for z in itertools.permutations(range(1, 5), 2)]
+    probabilities = torch.tensor(choice_probabilities(mild.rag, RECORDS[:1] * len(every), every)).prod(dim=-1)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        expected = mild.rag.permutation_logps(RECORDS[:1], torch.tensor([every])).exp()[0]
+    torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_base_is_in_memory_once(pipe):
     model = pipe.rag.roles.model
     assert isinstance(model, PeftModel) and set(model.peft_config) == set(ROLES)

@@ -430,6 +430,24 @@ def test_candidates_are_shuffled_anew_in_training_and_never_in_evaluation(make_t
     assert all(ids == sorted(ids) for questions in seen for ids in questions.values())
 
 
+def test_the_retrievers_prior_follows_the_candidates_through_shuffling(make_trainer):
+    trainer = make_trainer(retriever_prior=1e3, steps_per_estimation=4)
+    run_step(trainer)
+    estimates = [part for parts in trainer._estimates for part in parts]
+    assert len({tuple(order) for estimate in estimates for order in estimate.orders}) > 3
+    for estimate in estimates:
+        for order, permutations in zip(estimate.orders, estimate.samples.permutations.tolist(), strict=True):
+            assert [[order[i - 1] for i in z] for z in permutations] == [[0, 1]] * 4
+
+
+def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
+    trainer = make_trainer(make_dataset(1), **ONE_QUESTION | {"retriever_prior": 1.0})
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    assert errors["generator"] < 0.05 and errors["selector"] < 0.25
+
+
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4)
     [micro_batch] = list(trainer.get_train_dataloader())

@@ -114,8 +114,8 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
             # A quote that is left open would take the rows behind it for text, up to the next quote.
             if read[0] > 1 and len(columns) > 1 and read[1] >= 2 * (len(columns) - 1):
                 raise DatasetError(
-                    f"{name}, line {number - read[0] + 1}: opens a quote that does not end before line {number}, which "
-                    "has columns of its own; close it, or write a quote that belongs to a text twice, in a quoted text"
+                    f"{name}, line {number - read[0] + 1}: opens a quote that does not end before line {number}, a "
+                    "row of its own; close it, or write a quote that belongs to a text twice, in a quoted text"
                 )
             yield text
 

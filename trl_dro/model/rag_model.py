@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .codec import PermutationCodec
 from .likelihood import CompletionLogits, completion_logps, pad_rows
-from .permutation import (
-    PermutationCodec,
-    PermutationSamples,
-    SelectorLikelihood,
-    permutation_logps,
-    sample_permutations,
-    unique_permutations,
-)
+from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
+from .sampling import PermutationSamples, sample_permutations
 from .shared_prefix import PackedModel, ReadPrompts, TokenCount, share_prefixes
 
 
@@ -32,7 +27,8 @@ class RAGModel:
     r"""
     Selector \\( p(z \mid x) \\) and generator \\( p(y \mid x, d_z) \\) over batches of questions.
 
-    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1.
+    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1. They
+    stand in the retriever's order, or the question says under `retrieval_ranks` which place in it each has, from 1.
 
     Args:
         roles ([`~roles.Roles`]):
@@ -41,12 +37,14 @@ class RAGModel:
             Tokenizer of each role.
         prompts (`dict[str, PromptBuilder]`):
             Prompt builder of each role.
-        codec ([`~permutation.PermutationCodec`]):
+        codec ([`~codec.PermutationCodec`]):
             Form in which the selector writes permutations.
         device (`torch.device`):
             Device of the models.
         max_tokens (`int`, *optional*):
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
+        retriever_prior (`float`, *optional*, defaults to `0.0`):
+            Strength of the retriever's prior, see [`~permutation.retriever_logits`].
     """
 
     def __init__(
@@ -57,6 +55,7 @@ class RAGModel:
         codec: PermutationCodec,
         device: torch.device,
         max_tokens: int | None = None,
+        retriever_prior: float = 0.0,
     ):
         self.roles = roles
         self.tokenizers = tokenizers
@@ -64,6 +63,7 @@ class RAGModel:
         self.codec = codec
         self.device = device
         self.max_tokens = max_tokens
+        self.retriever_prior = retriever_prior
         self.count = TokenCount()
 
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
@@ -95,7 +95,7 @@ class RAGModel:
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~permutation.sample_permutations`].
+        Permutations drawn from the selector, see [`~sampling.sample_permutations`].
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -114,7 +114,7 @@ class RAGModel:
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
 
         Returns:
-            [`~permutation.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
+            [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
 
         Raises:
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
@@ -135,6 +135,7 @@ class RAGModel:
                     top_p,
                     greedy,
                     [seeds[row] for row in rows],
+                    [self.document_logits(question) for question in chosen],
                 )
             return [PermutationSamples(*tensors) for tensors in zip(*samples, strict=True)]
 
@@ -190,11 +191,19 @@ class RAGModel:
 
             permutations = [z for row in rows for z in groups[row]]
             sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
-            logps = permutation_logps(complete, self.codec, permutations, sizes, likelihood)
+            priors = [self.document_logits(questions[row]) for row in rows for _ in groups[row]]
+            logps = permutation_logps(complete, self.codec, permutations, sizes, likelihood, priors)
             return logps.split([len(groups[row]) for row in rows])
 
         lengths = [len(p) + len(group) * self.codec.max_length for p, group in zip(prompts, groups, strict=True)]
         return torch.cat(self._in_chunks(score, lengths))[inverse]
+
+    def document_logits(self, question: dict[str, Any]) -> list[float] | None:
+        """Prior of each document of a question, see [`~permutation.retriever_logits`]; `None` if there is none."""
+        if self.retriever_prior == 0:
+            return None
+        ranks = question.get("retrieval_ranks") or range(1, len(question["documents"]) + 1)
+        return retriever_logits(ranks, self.retriever_prior)
 
     def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
         """

@@ -392,7 +392,7 @@ def choice_probabilities(
         `list[list[float]]` of shape `(B, K)`
     """
     written = [
-        rag.codec.encode(permutation, len(question["documents"]))
+        rag.codec.encode(permutation, len(question["documents"]), rag.document_logits(question))
         for question, permutation in zip(questions, permutations, strict=True)
     ]
     completion = rag.written_logits([tokens for tokens, _ in written], rag.read(questions) if read is None else read)
@@ -403,9 +403,10 @@ def choice_probabilities(
         ends = torch.tensor(lengths).cumsum(0)  # first token after each id and its separator
         logps = torch.zeros(len(permutation))
         for branch in branches:
-            logits = completion.logits[start + branch.position, branch.allowed].float()
+            logits = completion.logits[start + branch.position, branch.allowed].float().cpu()
+            logits = logits + torch.tensor(branch.prior)
             choice = int(torch.searchsorted(ends, branch.position, right=True))
-            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen].cpu()
+            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen]
         probabilities.append(logps.exp().tolist())
         start += len(tokens)
     return probabilities

@@ -30,8 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.lines import first_line
 from ..data.storage import content_key, file_key
+from ..model.codec import PermutationCodec
 from ..model.loading import longest_sequence, prepare_tokenizer
-from ..model.permutation import PermutationCodec
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
 from .rag_config import CONFIG_FILE, RAGConfig
@@ -320,23 +320,22 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
-    return RAGModel(roles, tokenizers, config.build_prompts(tokenizers, codec, contexts), codec, options.target)
+    prompts = config.build_prompts(tokenizers, codec, contexts)
+    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
     config = replace(config, num_selected=num_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
-    contexts = _contexts(rag.roles)
-    return RAGModel(
-        rag.roles, rag.tokenizers, config.build_prompts(rag.tokenizers, codec, contexts), codec, rag.device
-    )
+    prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
     """
-    Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer and `rag_config.json`:
-    what vLLM, TGI or llama.cpp's converter read. A base that was quantized in training is merged in its own precision.
+    Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer and
+    `rag_config.json`: what vLLM, TGI or llama.cpp's converter read. A base that was quantized in training is merged in its own precision.
 
     Args:
         source ([`RoleSource`]):

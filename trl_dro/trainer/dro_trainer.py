@@ -20,10 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.schema import validate_dataset
 from ..evaluation.scoring import answer_and_score, score_bounds
-from ..model.permutation import PermutationSamples
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (
@@ -162,7 +162,9 @@ class DROTrainer(RoleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
+        self.rag = RAGModel(
+            self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
+        )
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 

@@ -21,7 +21,7 @@ from ..model.importance import (
     selector_coefficients,
     weight_entropy,
 )
-from ..model.permutation import PermutationSamples
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts
 from .schedule import QuestionBatch
 
@@ -81,7 +81,8 @@ def draw(
 
 def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """
-    Records with their documents as they are shown to the selector.
+    Records with their documents as they are shown to the selector, and their places in the retriever's order under
+    `retrieval_ranks`.
 
     Args:
         records (`list[dict]` of length `B`):
@@ -93,7 +94,11 @@ def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]
         `list[dict]` of length `B`
     """
     return [
-        {**record, "documents": [record["documents"][i] for i in order]}
+        {
+            **record,
+            "documents": [record["documents"][i] for i in order],
+            "retrieval_ranks": [i + 1 for i in order],
+        }
         for record, order in zip(records, orders, strict=True)
     ]
 
@@ -136,7 +141,7 @@ class Estimate:
             See [`Draws`].
         targets (`list[list[str]]` of length `B`):
             See [`Draws`].
-        samples ([`~permutation.PermutationSamples`]):
+        samples ([`~sampling.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
             \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.

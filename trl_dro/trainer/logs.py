@@ -16,8 +16,9 @@ from rich.text import Text
 from torch import Tensor
 
 from ..data.storage import write_whole
-from ..model.permutation import PermutationCodec, PermutationSamples
+from ..model.codec import PermutationCodec
 from ..model.prompts import question_text
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import TokenCount
 
 
@@ -117,7 +118,7 @@ def permutation_rows(
             Questions with their documents in the order that the permutations refer to.
         targets (`list[list[str]]` of length `B`):
             Answers of each question; the first is shown.
-        samples ([`~permutation.PermutationSamples`]):
+        samples ([`~sampling.PermutationSamples`]):
             Permutations and their log-probabilities.
         answer_logps (`Tensor` of shape `(B, m)`):
             Log-likelihoods of the answers, in nats.

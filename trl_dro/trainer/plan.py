@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..model.permutation import PermutationCodec
+from ..model.codec import PermutationCodec
 from ..model.prompts import PromptBuilder
 from ..model.roles import ROLES, Role
 from . import cost
