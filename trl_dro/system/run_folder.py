@@ -335,7 +335,8 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
     """
     Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer and
-    `rag_config.json`: what vLLM, TGI or llama.cpp's converter read. A base that was quantized in training is merged in its own precision.
+    `rag_config.json`: what vLLM, TGI or llama.cpp's converter read. A base that was quantized in training is merged in
+    its own precision.
 
     Args:
         source ([`RoleSource`]):
