@@ -84,7 +84,7 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked |= system_stamp(args.selector or args.model, args.model, args.base_model)
+    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
     asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
     path = Path(args.output_dir) / PREDICTIONS_FILE
     predictions = complete_rows(path, len(dataset), asked, work, "Answering")

@@ -165,7 +165,7 @@ def system_stamp(selector: str | None, generator: str, base_model: str | None = 
     Raises:
         `ValueError`: a folder holds no such role, or its base is unknown.
     """
-    named = [("selector", selector), ("generator", generator)]
+    named: list[tuple[Role, str | None]] = [("selector", selector), ("generator", generator)]
     sources = [find_role(name, role, base_model=base_model) for role, name in named if name and Path(name).is_dir()]
     configs = {source.config for source in sources if source.config}
     return {
