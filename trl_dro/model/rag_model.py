@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
+from .control_tokens import end_token_id
 from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
@@ -322,19 +323,25 @@ class RAGModel:
         ]
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
-        end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+        end = end_token_id(tokenizer)
+        ends = {tokenizer.eos_token_id, end}
+        ends |= {declared} if isinstance(declared, int) else set(declared or [])
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(end_tokens),
+            eos_token_id=sorted(ends),
         )
 
         def generate(rows: list[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
-            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)
-            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)[
+                :, input_ids.shape[1] :
+            ]
+            # The end of a turn need not be declared special.
+            written = [[token for token in row if token != end] for row in generated.tolist()]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             return [text.strip() for text in texts]
 
         with _generation_config(model, greedy):
