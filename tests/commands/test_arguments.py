@@ -57,12 +57,12 @@ class Needed:
     size: int = field(default=3, metadata={"help": "How many."})
 
 
-def test_a_first_setting_that_must_be_given_may_come_without_its_name(capsys):
-    parser = Parser((Needed,), prog="program")
+def test_a_first_word_needs_no_name(capsys):
+    parser = Parser((Needed,), "run", prog="program")
     for arguments in (["folder", "--size", "4"], ["--size", "4", "--run", "folder"]):
         assert parser.parse_args_and_config(arguments) == (Needed("folder", 4),)
     assert parser.format_help().startswith("usage: program RUN [--config FILE.yaml] [--SETTING VALUE …]\n")
-    assert "'3' belongs to no setting" in refused(capsys, "3")  # nothing of Settings must be given
+    assert "'3' belongs to no setting" in refused(capsys, "3")  # Settings have no first word
 
 
 def test_one_value_in_the_file_stands_for_a_list_of_one(config):

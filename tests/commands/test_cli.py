@@ -1,16 +1,18 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 
-from trl_dro.commands import evaluate, report, train
+from trl_dro.commands import evaluate, train
+from trl_dro.commands.arguments import CORPUS_HELP, LoadArguments
 from trl_dro.commands.cli import COMMANDS, main, make_parser
+from trl_dro.commands.serve import ServeArguments
 from trl_dro.data import load_records, validate_dataset
 from trl_dro.retrieval import BM25Retriever
 
@@ -157,8 +159,6 @@ def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
-    if importlib.util.find_spec(COMMANDS[name][0]) is None:
-        pytest.skip(f"{COMMANDS[name][0]} is not there yet")
     for dataclass_type in make_parser(name).dataclass_types:
         for setting in fields(dataclass_type):
             assert not setting.init or len(setting.metadata["help"].strip()) > 5, setting.name
@@ -228,14 +228,44 @@ def test_one_process_trains_without_a_launcher(monkeypatch):
     assert trained[0][0].dataset_name == "data" and trained[0][1].num_permutations == 3
 
 
-def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+def test_a_commands_first_word_needs_no_name(files, monkeypatch):
     flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
     call(monkeypatch, "retrieve", files / "questions.jsonl", *flags)
     assert len(load_from_disk(files / "out" / "train")) == 6
-    reported = []
-    monkeypatch.setattr(report, "report", reported.append)
-    call(monkeypatch, "report", "my-run", "--evaluation", "results")
-    assert reported == [report.ReportArguments("my-run", evaluation=["results"])]
+
+
+@pytest.mark.parametrize(
+    "name, flag, rest",
+    [
+        ("report", "--run", ["--evaluation", "results"]),
+        ("evaluate", "--model", ["--dataset_name", "data"]),
+        ("predict", "--model", ["--questions", "asked.jsonl"]),
+        ("serve", "--model", ["--port", "80"]),
+    ],
+)
+def test_evaluate_serve_predict_and_report_take_the_run_as_their_first_word(name, flag, rest, monkeypatch):
+    called = []
+    monkeypatch.setattr(import_module(f"trl_dro.commands.{name}"), COMMANDS[name].function, called.append)
+    call(monkeypatch, name, "my-run", *rest)
+    call(monkeypatch, name, flag, "my-run", *rest)
+    assert called[0] == called[1] and getattr(called[0], flag[2:]) == "my-run"
+
+
+def test_commands_that_load_a_system_load_it_alike(capsys):
+    loading = [each.name for each in fields(LoadArguments)]
+    shared = ["load_in_4bit", "attn_implementation", "base_model", "revision"]
+    assert set(shared) < set(loading)
+    for name in ("evaluate", "predict", "serve"):
+        actions = {action.dest: action for action in make_parser(name)._actions}
+        assert all(actions[each].help == LoadArguments.__dataclass_fields__[each].metadata["help"] for each in shared)
+    options = ServeArguments(model="run", load_in_4bit=True, attn_implementation="eager", device="cpu").load_options()
+    assert options.quantization_config.load_in_4bit and options.attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["retrieve", "train", "evaluate", "predict", "serve"])
+def test_every_corpus_is_told_of_alike(name):
+    [action] = [action for action in make_parser(name)._actions if action.dest == "corpus"]
+    assert action.help.startswith(CORPUS_HELP)
 
 
 def test_the_command_line_does_not_import_torch():

@@ -3,8 +3,8 @@ import pytest
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from trl_dro import DROConfig
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.loading import context_length
-from trl_dro.model.permutation import PermutationCodec
 from trl_dro.model.prompts import PromptTooLongError
 from trl_dro.model.roles import ROLES
 from trl_dro.system.rag_config import RAGConfig

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig
 
 from trl_dro import DROConfig
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.roles import ROLES
 from trl_dro.system.rag_config import RAGConfig
 from trl_dro.trainer.inputs import load_model, load_roles, load_tokenizers, refuse_unsupported

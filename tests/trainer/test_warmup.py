@@ -7,7 +7,7 @@ import pytest
 from trl_dro.data import DatasetError
 from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 from trl_dro.demo.world import synthetic_world
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import PromptBuilder
 from trl_dro.trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
 

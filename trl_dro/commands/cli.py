@@ -7,21 +7,40 @@ import logging
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from .arguments import LaunchArguments, Parser, one_line
 
 
-# Module, dataclasses of arguments and function of each command. Models take seconds to import: only where used.
+class Command(NamedTuple):
+    """
+    A command. Models take seconds to import: its module only where it is used.
+
+    Args:
+        arguments (`str`):
+            Dataclasses of its settings.
+        function (`str`):
+            What it calls.
+        first (`str`, *optional*):
+            Setting that may come first, without its name.
+    """
+
+    arguments: str
+    function: str
+    first: str | None = None
+
+
+# Each in the module of its name.
 COMMANDS = {
-    "retrieve": ("trl_dro.commands.retrieve", "RetrieveArguments", "retrieve"),
-    "warmup": ("trl_dro.commands.warmup", "WarmUpArguments SFTConfig ModelConfig", "warm_up"),
-    "train": ("trl_dro.commands.train", "TrainArguments DROConfig ModelConfig", "train"),
-    "evaluate": ("trl_dro.commands.evaluate", "EvaluationArguments", "evaluate"),
-    "predict": ("trl_dro.commands.predict", "PredictArguments", "predict"),
-    "serve": ("trl_dro.commands.serve", "ServeArguments", "serve"),
-    "report": ("trl_dro.commands.report", "ReportArguments", "report"),
-    "env": ("trl_dro.commands.env", "EnvironmentArguments", "print_environment"),
+    "retrieve": Command("RetrieveArguments", "retrieve", "questions"),
+    "warmup": Command("WarmUpArguments SFTConfig ModelConfig", "warm_up"),
+    "train": Command("TrainArguments DROConfig ModelConfig", "train"),
+    "evaluate": Command("EvaluationArguments", "evaluate", "model"),
+    "predict": Command("PredictArguments", "predict", "model"),
+    "serve": Command("ServeArguments", "serve", "model"),
+    "report": Command("ReportArguments", "report", "run"),
+    "env": Command("EnvironmentArguments", "print_environment"),
 }
 USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
 
@@ -53,7 +72,6 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    module, _, function = COMMANDS[name]
     # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
@@ -63,7 +81,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments])
         else:
-            getattr(import_module(module), function)(*parsed)
+            getattr(command_module(name), COMMANDS[name].function)(*parsed)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
         sys.exit(f"trl-dro {name}: {one_line(error)}")
     except KeyboardInterrupt:
@@ -72,10 +90,15 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
 
 def make_parser(name: str) -> Parser:
     """The parser of a command."""
-    module, dataclass_names, function = COMMANDS[name]
-    types = [getattr(import_module(module), each) for each in dataclass_names.split()]
-    description = (inspect.getdoc(getattr(import_module(module), function)) or "").partition("\n\n")[0]
-    return Parser(types, prog=f"trl-dro {name}", description=description)
+    command, module = COMMANDS[name], command_module(name)
+    types = [getattr(module, each) for each in command.arguments.split()]
+    description = (inspect.getdoc(getattr(module, command.function)) or "").partition("\n\n")[0]
+    return Parser(types, command.first, prog=f"trl-dro {name}", description=description)
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command, imported."""
+    return import_module(f"trl_dro.commands.{name}")
 
 
 def launches(args: Any) -> bool:
