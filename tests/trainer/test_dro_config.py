@@ -42,6 +42,8 @@ IMPOSSIBLE = [
     ({"remove_unused_columns": True}, "remove_unused_columns=True would drop the questions"),
     ({"answer_target": "all", "answer_likelihood": "mean"}, "answer_target='all'.*set answer_likelihood='sum'"),
     ({"selector_estimator": "vimco", "num_permutations": 1}, "set num_permutations to 2 or more"),
+    ({"selector_estimator": "vimco", "steps_per_estimation": -1}, "several updates it has no minimum"),
+    ({"selector_estimator": "vimco", "maximization_epochs": 2}, "choose rws_centered or rws"),
     ({"selector_estimator": "vimco", "temperature": 0.5}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "top_p": 0.9}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "selector_likelihood": "full_vocabulary"}, "vimco' needs permutations drawn"),

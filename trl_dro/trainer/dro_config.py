@@ -365,6 +365,12 @@ class DROConfig(_BaseConfig):
                 "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
             )
         if self.selector_estimator == "vimco":
+            if self.steps_per_estimation != 1 or self.maximization_epochs != 1:
+                raise ValueError(
+                    "selector_estimator='vimco' is a gradient at the selector that drew the permutations; followed "
+                    "over several updates it has no minimum: set steps_per_estimation=1 and maximization_epochs=1, or "
+                    "choose rws_centered or rws"
+                )
             if self.num_permutations < 2:
                 raise ValueError(
                     "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
