@@ -155,7 +155,8 @@ def main() -> None:
 
             print(
                 f"| {name} | {entropy:.1f} | {m} | {shown('independent')} | {mean['unique']:.1f} "
-                f"| {shown('distinct')} | {change('distinct')} | {shown('as many distinct')} | {change('as many distinct')} |"
+                f"| {shown('distinct')} | {change('distinct')} "
+                f"| {shown('as many distinct')} | {change('as many distinct')} |"
             )
     print(f"\n{time.perf_counter() - start:.0f} s")
 

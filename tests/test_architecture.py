@@ -24,7 +24,7 @@ FLOORS = (
     {"commands"},
 )
 # The rooms of the method itself, and what their files import of others' packages.
-MATHEMATICS = {"datasets", "numpy", "peft", "torch", "transformers"}
+MATHEMATICS = {"datasets", "jinja2", "numpy", "peft", "torch", "transformers"}
 # What reads and measures data needs no model.
 WITHOUT_MODELS = ("data", "metrics", "retrieval")
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from .control_tokens import end_token_id
+
 
 _BRACKETED = re.compile(r"\[\s*(\d{1,9})\s*\]")
 _NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
@@ -55,7 +57,7 @@ class PermutationCodec:
             Number of documents in a permutation, K.
 
     Raises:
-        `ValueError`: the tokenizer writes two ids alike, or has no end-of-sequence token, or K exceeds
+        `ValueError`: the tokenizer writes two ids alike, or has no token to end with, or K exceeds
             `max_documents`.
     """
 
@@ -64,8 +66,6 @@ class PermutationCodec:
             raise ValueError(
                 f"num_selected={num_selected} must lie between 1 and the number of documents, {max_documents}"
             )
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos token to end a permutation with: set tokenizer.eos_token")
         self.max_documents = max_documents
         self.num_selected = num_selected
 
@@ -73,7 +73,7 @@ class PermutationCodec:
             return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
 
         self.separator = encode(" > ")
-        self.end = (tokenizer.eos_token_id,)
+        self.end = (end_token_id(tokenizer),)
         self.id_tokens = {i: encode(f"[{i}]") for i in range(1, max_documents + 1)}
         # For every beginning of an id, the ids that begin so and the token each continues with.
         self.continuations: dict[tuple[int, ...], dict[int, int]] = {}
@@ -93,7 +93,7 @@ class PermutationCodec:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest written permutation, the end-of-sequence token included."""
+        """Tokens of the longest written permutation, the end included."""
         longest_id = max(len(tokens) for tokens in self.id_tokens.values())
         return self.num_selected * (longest_id + len(self.separator)) - len(self.separator) + len(self.end)
 
@@ -104,7 +104,7 @@ class PermutationCodec:
         document_logits: Sequence[float] | None = None,
     ) -> tuple[list[int], list[Branch]]:
         """
-        Tokens of a permutation, the end-of-sequence token included, and the branches among them.
+        Tokens of a permutation, the end included, and the branches among them.
 
         Args:
             permutation (`list[int]`):

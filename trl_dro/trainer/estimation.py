@@ -146,9 +146,13 @@ class Estimate:
         samples ([`~sampling.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
-            \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
+            \\( \log p(y \mid x, d_{z_i}) \\) in nats; filled by the E-step, or where the estimate serves one update by
+            the forward of the generator's loss.
+        significant (`tuple[Tensor, Tensor]`, *optional*):
+            See [`significant_permutations`]; what the generator's loss goes through where it may leave something out.
         read ([`~shared_prefix.ReadPrompts`], *optional*):
-            Selector prompts in the cache, with the graph that the M-step's gradient flows through.
+            Selector prompts in the cache, with the graph that the selector's gradient flows through; taken by the
+            forward of its loss.
     """
 
     batch: QuestionBatch
@@ -156,6 +160,7 @@ class Estimate:
     targets: list[list[str]]
     samples: PermutationSamples
     answer_logps: Tensor | None = None
+    significant: tuple[Tensor, Tensor] | None = None
     read: ReadPrompts | None = None
 
     @property
@@ -163,7 +168,13 @@ class Estimate:
         """False for questions repeated only to give every process as many, `(B,)`."""
         return torch.tensor(self.batch.counted, device=self.samples.logps.device)
 
-    def weigh(self, estimator: SelectorEstimator, temperature: float = 1.0, likelihood_floor: float = 0.0) -> Weights:
+    def weigh(
+        self,
+        estimator: SelectorEstimator,
+        temperature: float = 1.0,
+        likelihood_floor: float = 0.0,
+        selector_logps: Tensor | None = None,
+    ) -> Weights:
         r"""
         Weights of both roles' losses.
 
@@ -175,6 +186,9 @@ class Estimate:
             likelihood_floor (`float`, *optional*, defaults to `0.0`):
                 \\( f \\) in the factor \\( \bar p / (\bar p + f) \\) of each question, \\( \bar p \\) being its mean
                 likelihood over permutations.
+            selector_logps (`Tensor` of shape `(B, m)`, *optional*):
+                \\( \log p(z_i \mid x) \\) in nats under the selector that is updated, if it was updated since the
+                E-step.
 
         Returns:
             [`Weights`]
@@ -189,7 +203,12 @@ class Estimate:
         question_weight = torch.ones_like(answer_logps[:, 0])
         if likelihood_floor > 0:
             question_weight = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid()
-        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator)
+        present = None
+        if selector_logps is not None:
+            present = selector_logps - self.samples.proposal_logps
+            known = present.isfinite() | correction.isneginf()  # there can be fewer permutations than samples
+            present = torch.where(known.all(dim=-1, keepdim=True), present, correction)
+        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator, present)
         return Weights(
             importance_weights(answer_logps, correction, temperature),
             question_weight.unsqueeze(-1) * coefficients,
@@ -231,6 +250,10 @@ class Estimate:
             "selector/entropy": -(correction.softmax(dim=-1) * logps).sum(dim=-1),
             "unique_permutations": torch.tensor(unique),
         }
+        if self.significant is not None:
+            left_out = ~self.significant[1][self.counted]
+            statistics["generator/skipped_share"] = left_out.float().mean(dim=-1)
+            statistics["generator/skipped_weight"] = (left_out * weights.importance[self.counted]).sum(dim=-1)
         if sampling == "distinct":
             statistics["expected_unique"] = expected_unique(logps, correction)
         return statistics
