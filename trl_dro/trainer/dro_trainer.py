@@ -384,10 +384,8 @@ class DROTrainer(RoleTrainer):
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
-        num_permutations, sampling = self.args.num_permutations, self.args.sampling
-        samples = self.rag.sample(
-            questions, num_permutations, temperature, top_p, seeds=seeds, read=read, sampling=sampling
-        )
+        how: dict[str, Any] = {"seeds": seeds, "read": read, "sampling": self.args.sampling}
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, **how)
         if self.args.selector_likelihood == "constrained":
             return samples
         logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
@@ -405,8 +403,7 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        statistics = estimate.statistics(weights, self.args.tiny_likelihood, self.args.sampling)
-        for name, values in statistics.items():
+        for name, values in estimate.statistics(weights, self.args.tiny_likelihood, self.args.sampling).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
         self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
@@ -419,8 +416,8 @@ class DROTrainer(RoleTrainer):
             # With few documents there are fewer permutations than samples.
             num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
             most = min(self.args.num_permutations, num_possible)
-            unique = means.get("unique_permutations", math.inf)
-            self._warn_of_collapse(means.get("expected_unique", unique) / most)
+            unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
+            self._warn_of_collapse(unique / most)
             if self._shown_permutations and self.is_world_process_zero():
                 keep_permutations(
                     self._shown_permutations,
