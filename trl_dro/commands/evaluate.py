@@ -8,7 +8,7 @@ from typing import Any, cast
 from datasets import Dataset
 
 from ..data import load_records, read_corpus, read_questions
-from ..data.resumable import weights_stamp, write_json
+from ..data.resumable import write_json
 from ..data.schema import DatasetError
 from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
@@ -17,7 +17,8 @@ from ..evaluation.summary import load_baseline, print_report, summarize
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
-from .arguments import QuestionArguments
+from ..system.run_folder import system_stamp
+from .arguments import QuestionArguments, check_range
 
 
 # Arguments that do not change the result of a question.
@@ -72,6 +73,7 @@ class EvaluationArguments(QuestionArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.generator is None and self.model is None:
             raise ValueError("nothing to evaluate: name a run (trl-dro evaluate RUN), or --generator and --selector")
         if self.selector is None and self.model is None:
@@ -82,9 +84,7 @@ class EvaluationArguments(QuestionArguments):
             raise ValueError("pass either --dataset_name, or --questions and --corpus")
         if self.revision is not None and self.generator is not None:
             raise ValueError("--revision is that of --model: leave out --generator, or name a local folder")
-        for name in ("max_questions", "num_selected", "max_candidates", "max_answer_length", "tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
+        check_range(self, ["num_selected", "max_answer_length"], 1)
 
 
 def evaluate(args: EvaluationArguments) -> dict[str, Any]:
@@ -123,7 +123,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector, args.generator)
+    selector = (args.selector or args.model) if selection == "selector" else None
+    asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
     rows = evaluation.evaluate(
         load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked
     )

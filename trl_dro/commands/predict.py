@@ -9,12 +9,13 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import DatasetError, load_records, read_corpus, read_open_questions
-from ..data.resumable import complete_rows, fingerprint, weights_stamp
+from ..data.resumable import complete_rows, fingerprint
 from ..data.schema import check_documents, check_question
 from ..evaluation.evaluation import batches
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
+from ..system.run_folder import system_stamp
 from .arguments import QuestionArguments
 
 
@@ -42,15 +43,13 @@ class PredictArguments(QuestionArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model is None:
             raise ValueError("nothing to answer with: name a run folder or Hub repo, trl-dro predict RUN")
         if (self.questions is None) == (self.dataset_name is None):
             raise ValueError("pass either --questions, with or without --corpus, or --dataset_name")
         if self.corpus is not None and self.questions is None:
             raise ValueError("--dataset_name has candidates already: leave out --corpus")
-        for name in ("max_questions", "max_candidates", "tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
 
 
 def predict(args: PredictArguments) -> list[dict[str, Any]]:
@@ -83,7 +82,7 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector)
+    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
     asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
     path = Path(args.output_dir) / PREDICTIONS_FILE
     predictions = complete_rows(path, len(dataset), asked, work, "Answering")

@@ -272,6 +272,7 @@ class RAGPipeline:
                 "this pipeline was not loaded by from_pretrained, so its weights are not on disk: save it"
             )
         export_merged(self.sources[role], folder, LoadOptions(token=(self.options or LoadOptions()).token))
+        self.config.save(folder)  # as it is asked here, which may differ from how it was trained
 
     def _records(
         self, questions: Sequence[Any], documents: Sequence[Any] | None, retriever: Retriever | None
