@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -242,6 +243,13 @@ def test_many_evaluations_are_thinned_out_in_the_table(tmp_path):
     cells = page.cells()
     start = cells.index("IWAE bound, nats") + 1
     assert cells[start] == "0" and cells[start + 11 * 6] == "100"
+
+
+def test_questions_with_line_separators_are_reported(run, results):
+    path = Path(f"{results[0]}/questions.jsonl")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"question": "', '"question": "\u2028\x85'), encoding="utf-8")
+    assert report(ReportArguments(str(run), evaluation=results[:1])).is_file()
 
 
 def test_evaluations_that_are_not_finished_or_damaged_are_refused(run, results, tmp_path):

@@ -142,6 +142,15 @@ def test_a_retriever_finds_the_candidates(run):
     assert own(question) == expected == own([question], retriever=retriever)[0]
 
 
+def test_candidates_are_retrieved_for_the_questions_that_have_none(run):
+    corpus = [{"id": d["id"], "title": d["title"], "text": d["text"]} for d in RECORDS[0]["documents"]]
+    pipe = RAGPipeline.from_pretrained(run[0], retriever=BM25Retriever(corpus), options=CPU)
+    own = RECORDS[1]["documents"]
+    outputs = pipe([RECORDS[0]["question"]] * 2, documents=[None, own])
+    assert {document.id for document in outputs[0].documents} <= {document["id"] for document in corpus}
+    assert {document.id for document in outputs[1].documents} <= {document["id"] for document in own}
+
+
 def test_streamed_pieces_make_the_answer(pipe, run):
     for record, answer in zip(RECORDS, run[2], strict=True):
         documents, pieces = pipe.stream(record["question"], documents=record["documents"])
@@ -149,6 +158,29 @@ def test_streamed_pieces_make_the_answer(pipe, run):
         assert "".join(pieces).strip() == answer
         assert documents == pipe.select([record["question"]], [record["documents"]])[0]
     assert len(pieces) > 1
+
+
+def test_whoever_watches_sees_each_output_grow_and_can_leave_one_unfinished(pipe, run):
+    seen = {}
+
+    def watch(i, output):
+        seen.setdefault(i, []).append(output)
+        return i == 3 and len(seen[3]) == 3  # after the documents and two tokens
+
+    questions, documents = [r["question"] for r in RECORDS], [r["documents"] for r in RECORDS]
+    outputs = pipe(questions, documents=documents, batch_size=4, watch=watch)
+    for i, expected in enumerate(run[2]):
+        assert [output.answer for output in seen[i][:1]] == [""] and places(seen[i][0]) == run[1][i]
+        assert all(later.answer.startswith(earlier.answer) for earlier, later in itertools.pairwise(seen[i]))
+        assert outputs[i].answer.rstrip("\ufffd") == seen[i][-1].answer
+        assert outputs[i].answer == expected if i != 3 else expected.startswith(seen[3][-1].answer)
+    assert len(outputs[3].answer) < len(run[2][3])
+
+
+def test_a_question_left_at_its_documents_is_not_answered(pipe, run):
+    questions, documents = [r["question"] for r in RECORDS], [r["documents"] for r in RECORDS]
+    outputs = pipe(questions, documents=documents, watch=lambda i, output: i in (0, 4))
+    assert [output.answer for output in outputs] == ["" if i in (0, 4) else run[2][i] for i in range(6)]
 
 
 def test_an_abandoned_stream_lets_others_in(pipe):

@@ -73,7 +73,7 @@ def make_estimate(answer_logps, correction=None, counted=None):
     logps = torch.full((num_questions, m), -2.0)
     correction = torch.zeros_like(logps) if correction is None else torch.tensor(correction)
     permutations = torch.tensor([[[1, 2], [1, 2], [2, 1]]] * num_questions)
-    batch = QuestionBatch(list(range(num_questions)), counted or [True] * num_questions, num_questions)
+    batch = QuestionBatch(list(range(num_questions)), counted or [True] * num_questions)
     samples = PermutationSamples(permutations, logps, logps - correction)
     return Estimate(batch, [[0, 1]] * num_questions, [["a"]] * num_questions, samples, answer_logps)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from datasets import Dataset
 
 from ..data import load_records, read_corpus, read_questions
-from ..data.resumable import weights_stamp, write_json
+from ..data.resumable import write_json
 from ..data.schema import DatasetError
 from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
@@ -17,6 +17,7 @@ from ..evaluation.summary import load_baseline, print_report, summarize
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
+from ..system.run_folder import system_stamp
 from .arguments import QuestionArguments
 
 
@@ -123,7 +124,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector, args.generator)
+    selector = (args.selector or args.model) if selection == "selector" else None
+    asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
     rows = evaluation.evaluate(
         load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked
     )

@@ -9,12 +9,13 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import DatasetError, load_records, read_corpus, read_open_questions
-from ..data.resumable import complete_rows, fingerprint, weights_stamp
+from ..data.resumable import complete_rows, fingerprint
 from ..data.schema import check_documents, check_question
 from ..evaluation.evaluation import batches
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
+from ..system.run_folder import system_stamp
 from .arguments import QuestionArguments
 
 
@@ -83,7 +84,7 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector)
+    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
     asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
     path = Path(args.output_dir) / PREDICTIONS_FILE
     predictions = complete_rows(path, len(dataset), asked, work, "Answering")

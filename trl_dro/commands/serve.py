@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""`trl-dro serve`: a trained system over HTTP. The server itself is in `server.py`, whose packages are an extra."""
+"""`trl-dro serve`: a trained system over HTTP. The server itself is in `server/`, whose packages are an extra."""
 
+import os
 from dataclasses import dataclass, field
 
 from ..data import read_corpus
@@ -10,7 +11,7 @@ from ..system.pipeline import RAGPipeline
 from .arguments import CORPUS_HELP, LoadArguments
 
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class ServeArguments(ServerLimits, LoadArguments):
         corpus (`str`, *optional*):
             Passages, as for [`~data.corpus.open_corpus`], from which BM25 retrieves where a request has no documents.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on. The default is reachable from this machine alone.
+            Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
             Port to listen on.
     """
@@ -42,7 +43,8 @@ class ServeArguments(ServerLimits, LoadArguments):
 
 def serve(args: ServeArguments) -> None:
     """
-    Loads a system and serves it until the process is stopped.
+    Loads a system and serves it until the process is stopped. If the environment variable `TRL_DRO_API_KEY` is set,
+    requests must send that key.
 
     Args:
         args ([`ServeArguments`]):
@@ -50,10 +52,15 @@ def serve(args: ServeArguments) -> None:
 
     Raises:
         `ImportError`: fastapi or uvicorn is not installed.
-        `ValueError`: the system cannot be loaded.
+        `ValueError`: the address is not of this machine, the port is taken, or the system cannot be loaded.
     """
-    from ..server.app import create_app, uvicorn  # before a model is loaded, as it may not be installed
+    # Before a model is loaded: the packages may not be installed, and the port may be taken.
+    from ..server.app import create_app, listen, loopback_names, server_config, uvicorn
 
+    api_key = os.environ.get(KEY_VARIABLE)
+    if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
+        raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
+    sockets = listen(args.host, args.port)
     retriever = None if args.corpus is None else BM25Retriever(read_corpus(args.corpus))
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
@@ -63,6 +70,11 @@ def serve(args: ServeArguments) -> None:
         base_model=args.base_model,
         options=args.load_options(),
     )
-    limits = ServerLimits(args.max_body_bytes, args.body_timeout, args.max_waiting, args.timeout)
-    app = create_app(pipe, limits, hosts=LOOPBACK if args.host in LOOPBACK else None)
-    uvicorn.run(app, host=args.host, port=args.port, timeout_keep_alive=5, server_header=False)
+    hosts = loopback_names(args.host, sockets)
+    if hosts is None and api_key is None:
+        print(f"anybody who reaches {args.host} may ask: set {KEY_VARIABLE} to a key that requests must send")
+    for each in sockets:
+        address, port = each.getsockname()[:2]
+        print(f"serving on http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops)", flush=True)
+    app = create_app(pipe, args, hosts, api_key)
+    uvicorn.Server(server_config(app, args)).run(sockets)

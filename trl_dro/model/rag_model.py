@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
@@ -299,6 +299,7 @@ class RAGModel:
         permutations: Tensor,
         max_answer_length: int,
         streamer: BaseStreamer | None = None,
+        watch: Callable[[int, str], bool] | None = None,
     ) -> list[str]:
         """
         Greedy answers from the selected documents.
@@ -312,6 +313,9 @@ class RAGModel:
                 Tokens to generate at most.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Receives the tokens of a single question's answer while they are written.
+            watch (`Callable`, *optional*):
+                Called after every token with each question's place and its answer as far as it is written; where it
+                returns `True` that answer ends there. If memory runs out it is called for the same tokens again.
 
         Returns:
             `list[str]`: stripped texts without special tokens.
@@ -333,15 +337,21 @@ class RAGModel:
             eos_token_id=sorted(ends),
         )
 
+        def texts_of(generated: Tensor) -> list[str]:
+            # The end of a turn need not be declared special.
+            written = [[token for token in row if token != end] for row in generated.tolist()]
+            return tokenizer.batch_decode(written, skip_special_tokens=True)
+
         def generate(rows: list[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
-            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)[
-                :, input_ids.shape[1] :
-            ]
-            # The end of a turn need not be declared special.
-            written = [[token for token in row if token != end] for row in generated.tolist()]
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            watched = None
+            if watch is not None:
+                watched = StoppingCriteriaList([_Watched(watch, rows, texts_of, input_ids.shape[1])])
+            generated = model.generate(
+                input_ids=input_ids, attention_mask=mask.long(), streamer=streamer, stopping_criteria=watched
+            )
+            texts = texts_of(generated[:, input_ids.shape[1] :])
             return [text.strip() for text in texts]
 
         with _generation_config(model, greedy):
@@ -403,6 +413,28 @@ class RAGModel:
         channels = config.num_hidden_layers * config.num_attention_heads * head_dim
         width = max(lengths)
         return len(lengths) * width * (2 * base.num_parameters(exclude_embeddings=True) + 4 * channels * width)
+
+
+class _Watched(StoppingCriteria):
+    """Shows each row's text to `watch`, which decides whether the row goes on."""
+
+    def __init__(
+        self,
+        watch: Callable[[int, str], bool],
+        rows: list[int],
+        texts_of: Callable[[Tensor], list[str]],
+        start: int,
+    ):
+        self.watch = watch
+        self.rows = rows
+        self.texts_of = texts_of
+        self.start = start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.texts_of(input_ids[:, self.start :])
+        # A character may take several tokens, the first of which show as U+FFFD.
+        stop = [self.watch(row, text.rstrip("\ufffd").strip()) for row, text in zip(self.rows, texts, strict=True)]
+        return torch.tensor(stop, device=input_ids.device)
 
 
 def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:

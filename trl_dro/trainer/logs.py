@@ -163,6 +163,21 @@ def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, re
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})
 
 
+def keep_permutations(
+    rows: Sequence[dict[str, Any]],
+    num_permutations: int,
+    show: bool,
+    output_dir: str | Path,
+    report_to: Sequence[str],
+) -> None:
+    """Shows the first question's permutations and saves those of all, or else saves a few for `trl-dro report`."""
+    if show:
+        print_permutations(rows[:num_permutations])
+        save_permutations(rows, output_dir, report_to)
+    else:
+        save_permutations(rows[: QUESTIONS_PER_LOG * num_permutations], output_dir, [])
+
+
 def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table:
     """
     Table of two evaluations of the same questions, with the retriever's own recall beside the selector's.
