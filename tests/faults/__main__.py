@@ -41,7 +41,7 @@ def main() -> None:
     for area, count in [*counts.items(), ("all", total)]:
         print(f"{area:32} {sum(count.values()):>6} " + " ".join(f"{count[kind]:>10}" for kind in KINDS))
     print(f"in {time.monotonic() - started:.0f} s")
-    sys.exit(total["traceback"] + total["accepted"] > 0)
+    sys.exit(total["traceback"] + total["unforeseen"] + total["accepted"] > 0)
 
 
 if __name__ == "__main__":

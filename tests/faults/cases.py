@@ -90,12 +90,12 @@ def lines() -> Iterator[Case]:
     def retrieve(value, path, world, tmp):
         data = write_jsonl(tmp / "broken.jsonl", [world.questions[0], broken(world.questions[1], path, value)])
         return ["retrieve", str(data), "--corpus", str(world.corpus_file), "--output_dir", str(tmp / "out")] + [
-            "--cache_dir", str(tmp / "cache")]  # fmt: skip
+            "--k", "4", "--cache_dir", str(tmp / "cache")]  # fmt: skip
 
     def corpus(value, path, world, tmp):
         data = write_jsonl(tmp / "broken.jsonl", [world.passages[0], broken(world.passages[1], path, value)])
         return ["retrieve", str(world.questions_file), "--corpus", str(data), "--output_dir", str(tmp / "out")] + [
-            "--cache_dir", str(tmp / "cache")]  # fmt: skip
+            "--k", "2", "--cache_dir", str(tmp / "cache")]  # fmt: skip
 
     def warmup(value, path, world, tmp):
         data = write_jsonl(tmp / "broken.jsonl", [world.records[0], broken(world.records[1], path, value)])
@@ -146,7 +146,7 @@ def damaged_files(good: bytes) -> dict[str, bytes]:
         "NUL bytes": b"\0" * 64,
         "NUL within a line": line[:12] + b"\0" + line[12:],
         "random bytes": bytes(range(256)) * 4,
-        "cut short": good[: len(good) // 2],
+        "cut short": good[: len(good) // 2 + 5],
         "UTF-16": good.decode().encode("utf-16"),
         "Latin-1": line.replace(b"B", "é".encode("latin-1")).replace(b"w", "é".encode("latin-1")),
         "a list": b"[" + line + b"]",
@@ -167,7 +167,7 @@ def files() -> Iterator[Case]:
         return ["--output_dir", str(tmp / "out")]
 
     def cache(tmp):
-        return [*out(tmp), "--cache_dir", str(tmp / "cache")]
+        return [*out(tmp), "--cache_dir", str(tmp / "cache"), "--k", "2"]
 
     readers: dict[str, tuple[str, Callable]] = {
         "records.jsonl (train)": ("records_file", lambda w, t, f: [
@@ -249,7 +249,7 @@ def settings() -> Iterator[Case]:
             "evaluate": ["evaluate", str(world.run), *world.small, "--dataset_name", str(world.records_file)]
             + ["--output_dir", str(tmp / "out")],
             "retrieve": ["retrieve", str(world.questions_file), "--corpus", str(world.corpus_file)]
-            + ["--output_dir", str(tmp / "out"), "--cache_dir", str(tmp / "cache")],
+            + ["--output_dir", str(tmp / "out"), "--cache_dir", str(tmp / "cache"), "--k", "4"],
             "serve": ["serve", str(world.run), *world.small],
             "report": ["report", str(world.run), "--output_dir", str(tmp / "report")],
             "env": ["env"],

@@ -20,7 +20,7 @@ from trl_dro.commands import cli
 from .cases import Case, Limited
 
 
-KINDS = ("one line", "unclear", "traceback", "accepted")
+KINDS = ("one line", "unclear", "unforeseen", "traceback", "accepted")
 # What a message says to do, in one form or another.
 CURE = re.compile(
     r"\b(must|pass|write|check|name|set|use|lower|raise|leave|add|drop|give|choose|copy|download|convert|rename|remove|"
@@ -90,6 +90,8 @@ def _call(call, names) -> Outcome:
 
 def _judge(message, names) -> Outcome:
     message = message.strip()
+    if cli.UNFORESEEN in message:
+        return Outcome("unforeseen", message)
     clear = message and "\n" not in message and any(name in message for name in names) and CURE.search(message)
     return Outcome("one line" if clear else "unclear", message)
 

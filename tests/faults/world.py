@@ -55,10 +55,10 @@ class World:
     # What keeps a command that should have been refused short.
     small = ["--device", "cpu"]
 
-    def train_flags(self, output_dir, model=None, **settings):
+    def train_flags(self, output_dir, /, **settings):
         """Flags of one short update."""
         settings = {
-            "model_name_or_path": model or self.base,
+            "model_name_or_path": self.base,
             "output_dir": output_dir,
             "num_selected": 2,
             "max_candidates": 4,
