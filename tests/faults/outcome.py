@@ -25,7 +25,7 @@ KINDS = ("one line", "unclear", "unforeseen", "traceback", "accepted")
 CURE = re.compile(
     r"\b(must|pass|write|check|name|set|use|lower|raise|leave|add|drop|give|choose|copy|download|convert|rename|remove|"
     r"fill|retrieve|did you mean|see|build|is not|need|needs|cannot|install|save|free|mend|expected|invalid|no such|"
-    r"there is no|correct|start|delete|make|train|put|cut|load|update|merge|not one of|should)\b",
+    r"there is no|correct|start|delete|make|train|put|cut|load|update|take|try|merge|not one of|should)\b",
     re.IGNORECASE,
 )
 

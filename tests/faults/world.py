@@ -49,8 +49,10 @@ class World:
         self.evaluation = folder / "evaluation"
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             run(["train", *self.train_flags(self.run), "--dataset_name", str(self.records_file)])
-            run(["evaluate", str(self.run), *self.small, "--dataset_name", str(self.records_file)]
-                + ["--output_dir", str(self.evaluation), "--max_questions", "2"])
+            run(
+                ["evaluate", str(self.run), *self.small, "--dataset_name", str(self.records_file)]
+                + ["--output_dir", str(self.evaluation), "--max_questions", "2"]
+            )
 
     # What keeps a command that should have been refused short.
     small = ["--device", "cpu"]

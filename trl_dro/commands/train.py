@@ -2,6 +2,7 @@
 """`trl-dro train`: a whole run, from data to the trained system compared with what it was before."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from ..data import load_records, read_corpus, read_questions, validate_dataset
 from ..demo.tiny import tiny_model_for
 from ..model.roles import load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
+from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from ..trainer.checkpoint import find_checkpoints
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
@@ -20,7 +22,7 @@ from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
-from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments
+from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
 
 
 @dataclass
@@ -91,8 +93,7 @@ class TrainArguments(LaunchArguments):
             raise ValueError("--dataset_name has candidates already: leave out --questions and --corpus")
         if not (self.questions or self.dataset_name or self.dry_run):
             raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
-        if self.max_eval_questions is not None and self.max_eval_questions < 1:
-            raise ValueError(f"--max_eval_questions {self.max_eval_questions}: it must be at least 1")
+        check_range(self, ["max_eval_questions"], 1)
 
 
 def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Dataset | None]:
@@ -149,6 +150,7 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
     peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     starting_from: str | PeftModel = model
     if args.selector_adapter and args.generator_adapter:
+        check_adapters(args.selector_adapter, args.generator_adapter, model, training_args, model_args)
         base = load_model(model, training_args, quantization_config, model_args.model_revision)
         starting_from = load_role_adapters(base, args.selector_adapter, args.generator_adapter)
         peft_config = quantization_config = None
@@ -170,6 +172,19 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
     if eval_dataset is not None and trainer.is_world_process_zero():
         print_comparison(before, after)
         print(f"Both roles are in {training_args.output_dir}/selector and {training_args.output_dir}/generator.")
+
+
+def check_adapters(
+    selector: str, generator: str, model: str, training_args: DROConfig, model_args: ModelConfig
+) -> None:
+    """Checks adapters in folders against the base, before it is loaded; those of the Hub are checked by PEFT alone."""
+    folders = [path for path in (selector, generator) if Path(path).is_dir() and (Path(path) / ADAPTER_FILE).is_file()]
+    bases = {path: read_adapter_config(path).get("base_model_name_or_path") for path in folders}
+    if len(set(bases.values())) > 1:
+        told = " and ".join(f"{path} on {base}" for path, base in bases.items())
+        raise ValueError(f"the adapters to start from were trained on different models ({told}): train both on one")
+    for path in folders:
+        check_adapter(path, model, model_args.model_revision, training_args.trust_remote_code)
 
 
 def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
