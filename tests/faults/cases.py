@@ -361,7 +361,12 @@ def yaml_values() -> Iterator[Case]:
         for value in ("[1, 2]", "{a: 1}", "5", "true", "2020-01-01"):
             if (setting, value) in (("chat_template_kwargs", "{a: 1}"), ("output_dir", "true"), ("output_dir", "5")):
                 continue
-            yield Case("YAML values", f"{setting}: {value}", partial(make, f"{setting}: {value}\n"), (setting,))
+            yield Case(
+                "YAML values",
+                f"{setting}: {value}",
+                partial(make, f"{setting}: {value}\n"),
+                (setting, "tokenizer of 5"),
+            )
     for name, text in {
         "not YAML": b"a: [1\n", "a list": b"- 1\n", "a text": b"hello\n", "empty": b"", "NUL": b"a\0: 1\n",
         "random bytes": bytes(range(128, 256)), "a tab": b"\ta: 1\n", "an unknown setting": b"num_selectd: 2\n",
