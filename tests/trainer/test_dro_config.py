@@ -48,6 +48,8 @@ IMPOSSIBLE = [
     ({"selector_estimator": "vimco", "top_p": 0.9}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "selector_likelihood": "full_vocabulary"}, "vimco' needs permutations drawn"),
     ({"selector_estimator": "rws_centered", "selector_likelihood": "full_vocabulary"}, "choose rws"),
+    ({"sampling": "distinct", "selector_estimator": "vimco"}, "needs independent permutations"),
+    ({"sampling": "unlike"}, "sampling='unlike': choose one of independent, distinct"),
     ({"retriever_prior": -0.5}, "retriever_prior=-0.5: it must be a finite number of at least 0"),
     ({"retriever_prior": math.inf}, "retriever_prior=inf: it must be a finite number"),
     (

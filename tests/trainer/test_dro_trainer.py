@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -513,6 +514,39 @@ def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
     run_step(trainer)
     errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
     assert errors["generator"] < 0.05 and errors["selector"] < 0.25
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}, {"selector_estimator": "rws", "num_permutations": 14}])
+def test_distinct_permutations_give_the_exact_gradient_when_they_are_all_there_are(make_trainer, tokenizer, settings):
+    settings = ONE_QUESTION | {"sampling": "distinct", "num_permutations": 12, "retriever_prior": 0.5} | settings
+    trainer = make_trainer(make_dataset(1), tiny_llama(tokenizer).double(), **settings)
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(f"relative error {errors}")
+    assert max(errors.values()) < 1e-6
+    logs = trainer._means.pop()
+    assert logs["unique_permutations"] == 12 and logs["elbo"] < logs["iwae_bound"]
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        logps = trainer.rag.permutation_logps([record], ALL_12[None])
+        answer_logps = trainer.rag.answer_logps([record], [record["answers"][:1]], ALL_12[None])
+    assert logs["iwae_bound"] == pytest.approx((logps + answer_logps).logsumexp(-1).item(), abs=1e-5)
+    assert logs["elbo"] == pytest.approx((logps.exp() * answer_logps).sum().item(), abs=1e-4)
+    assert logs["selector/entropy"] == pytest.approx(-(logps.exp() * logps).sum().item(), abs=1e-5)
+    draws = settings["num_permutations"]
+    assert logs["expected_unique"] == pytest.approx((1 - (1 - logps.exp()) ** draws).sum().item(), abs=1e-4)
+
+
+def test_training_and_evaluation_with_distinct_permutations(make_trainer):
+    """Two candidates have two permutations, of which four samples are drawn."""
+    trainer = make_trainer(make_dataset(8, 2), eval_dataset=make_dataset(3), sampling="distinct")
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "unique_permutations" in each]
+    assert len(logs) == 4 and all(each["unique_permutations"] == 2 for each in logs)
+    assert all(math.isfinite(value) for each in logs for value in each.values())
+    metrics = trainer.evaluate()
+    assert metrics["eval_elbo"] <= metrics["eval_iwae_bound"] + 1e-6 and math.isfinite(metrics["eval_elbo"])
 
 
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):

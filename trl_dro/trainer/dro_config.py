@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from .._trl_compat import _BaseConfig
-from ..model.importance import SelectorEstimator
+from ..model.importance import Sampling, SelectorEstimator
 from ..model.permutation import SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from .estimation import AnswerTarget
@@ -17,6 +17,7 @@ from .ranges import check_numbers
 _CHOICES = {
     "answer_likelihood": ["sum", "mean"],
     "answer_target": list(get_args(AnswerTarget)),
+    "sampling": list(get_args(Sampling)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
 }
@@ -76,6 +77,9 @@ class DROConfig(_BaseConfig):
 
         num_permutations (`int`, *optional*, defaults to `8`):
             Permutations sampled per question, m.
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How they are drawn: `"independent"` of each other, so that some are equal, or `"distinct"`, without
+            replacement, by stochastic beam search. Both are corrected for in the importance weights.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the sampling. Other values are corrected for in the importance weights.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -141,7 +145,8 @@ class DROConfig(_BaseConfig):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
         collapse_threshold (`float`, *optional*, defaults to `0.25`):
-            Warn once when the share of distinct permutations among those sampled falls below this.
+            Warn once when the share of distinct permutations among those sampled falls below this. With
+            `sampling="distinct"`: the share that independent draws would be expected to have.
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
@@ -210,6 +215,13 @@ class DROConfig(_BaseConfig):
 
     # E-step
     num_permutations: int = field(default=8, metadata={"help": "Permutations sampled per question, m."})
+    sampling: str = field(
+        default="independent",
+        metadata={
+            "help": "How permutations are drawn: independent of each other, or distinct, without replacement.",
+            "choices": _CHOICES["sampling"],
+        },
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature, corrected for in the importance weights."}
     )
@@ -375,6 +387,11 @@ class DROConfig(_BaseConfig):
                 raise ValueError(
                     "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
                     "or more"
+                )
+            if self.sampling == "distinct":
+                raise ValueError(
+                    "selector_estimator='vimco' needs independent permutations: set sampling='independent', or choose "
+                    "rws or rws_centered"
                 )
             if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
                 raise ValueError(
