@@ -135,7 +135,7 @@ def permutation_rows(
             "question": question_text(question["question"]),
             "answer": target[0],
             "permutation": PermutationCodec.text(permutation),
-            "titles": [question["documents"][i - 1].get("title") or "" for i in permutation],
+            "titles": [question["documents"][i - 1].get("title") or "" for i in permutation if i],
             "logp": logp,
             "answer_logp": answer_logp,
             "weight": weight,
