@@ -159,7 +159,7 @@ class PermutationCodec:
         """
         writer = Writer(self, self.max_documents)
         while allowed := writer.allowed():
-            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else None
+            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else self.end[0]
             if token not in allowed:
                 break
             writer.write(token)
