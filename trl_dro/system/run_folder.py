@@ -355,15 +355,16 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     roles = Roles(role_model, trained=())
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
-    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
     return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
-    config = replace(config, num_selected=num_selected)
-    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
+    min_selected = min(rag.codec.min_selected, num_selected)
+    config = replace(config, num_selected=num_selected, min_selected=min_selected)
+    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
     return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
 

@@ -58,6 +58,9 @@ class DROConfig(_BaseConfig):
             Candidates shown to the selector, n: the first ones in retrieval order.
         num_selected (`int`, *optional*, defaults to `5`):
             Documents in a permutation, K.
+        min_selected (`int`, *optional*):
+            Documents from which the selector may end its permutation: then it chooses, before each further document,
+            between going on and the end. `0` lets it select none. By default it selects all K.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
             \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
@@ -100,6 +103,9 @@ class DROConfig(_BaseConfig):
             likelihoods are summed.
         weight_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the importance weights; above 1 flattens them.
+        document_cost (`float`, *optional*, defaults to `0.0`):
+            What each selected document must be worth, \\( \lambda \\) in nats: weights are multiplied by
+            \\( \exp(-\lambda |z|) \\). For selectors that may end, see `min_selected`.
         steps_per_estimation (`int`, *optional*, defaults to `1`):
             Micro-batches that one E-step serves. `1` is incremental EM, with fresh samples for every step; `-1` is a
             whole epoch, the paper's Algorithm 1.
@@ -186,6 +192,10 @@ class DROConfig(_BaseConfig):
     # Prompts
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    min_selected: int | None = field(
+        default=None,
+        metadata={"help": "Documents from which the selector may end its permutation; by default it selects all K."},
+    )
     retriever_prior: float = field(
         default=0.0,
         metadata={"help": "Say of the retriever's ranking in the selector's choices; 0 is the model's choice alone."},
@@ -249,6 +259,9 @@ class DROConfig(_BaseConfig):
     )
     weight_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the importance weights; above 1 flattens them."}
+    )
+    document_cost: float = field(
+        default=0.0, metadata={"help": "Nats that each selected document must be worth, where min_selected is set."}
     )
     steps_per_estimation: int = field(
         default=1, metadata={"help": "Micro-batches that one E-step serves; -1 is a whole epoch (Algorithm 1)."}
@@ -352,6 +365,12 @@ class DROConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        if self.min_selected is not None and not 0 <= self.min_selected <= self.num_selected:
+            raise ValueError(
+                f"min_selected={self.min_selected}: it must lie between 0 and num_selected={self.num_selected}"
+            )
+        if not 0 <= self.document_cost < math.inf:
+            raise ValueError(f"document_cost={self.document_cost}: it must be a finite number of at least 0")
         for name in ("selector_learning_rate", "generator_learning_rate", "collapse_threshold"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0")

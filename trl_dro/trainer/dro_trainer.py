@@ -375,8 +375,9 @@ class DROTrainer(RoleTrainer):
             return torch.where(kept, logps, estimate.answer_logps[rows])
 
     def _weigh(self, estimate: Estimate, selector_logps: Tensor | None = None) -> Weights:
-        args = self.args
-        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor, selector_logps)
+        a = self.args
+        settings = (a.selector_estimator, a.weight_temperature, a.likelihood_floor)
+        return estimate.weigh(*settings, selector_logps, a.document_cost)
 
     def _sample(
         self,
@@ -406,7 +407,9 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        for name, values in estimate.statistics(weights, self.args.tiny_likelihood, self.args.sampling).items():
+        may_end = self.rag.codec.min_selected < self.rag.codec.num_selected
+        settings = (self.args.tiny_likelihood, self.args.sampling, may_end)
+        for name, values in estimate.statistics(weights, *settings).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
         self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
@@ -417,8 +420,7 @@ class DROTrainer(RoleTrainer):
             means = self._means.pop()
             logs.update(means)
             # With few documents there are fewer permutations than samples.
-            num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
-            most = min(self.args.num_permutations, num_possible)
+            most = min(self.args.num_permutations, self.rag.codec.num_permutations(self.args.max_candidates))
             unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
             if unique / most < self.args.collapse_threshold and not self._collapse_warned:
                 self._collapse_warned = True

@@ -70,7 +70,7 @@ def check_inputs(
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)
-    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected, args.min_selected)
     context = context_length(model, generator_revision(args), args.trust_remote_code)
     contexts: dict[Role, int | None] = {"selector": context, "generator": context}
     if selector_model is not None:
