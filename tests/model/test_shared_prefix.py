@@ -18,8 +18,9 @@ from transformers import (
     set_seed,
 )
 
+from trl_dro.model import shared_prefix
 from trl_dro.model.likelihood import completion_logits, completion_logps
-from trl_dro.model.shared_prefix import PackedModel, check_attention, check_layers, share_prefixes
+from trl_dro.model.shared_prefix import Columns, PackedModel, _mask, check_attention, check_layers, share_prefixes
 
 
 CPU = torch.device("cpu")
@@ -246,6 +247,18 @@ def test_shared_tokens_are_stored_once_and_every_sequence_can_be_read_back(seed)
             if position < row.common[s][owner]
         }
         assert visible == set(path)
+
+
+def test_the_figure_of_a_row_is_what_the_code_makes():
+    names = "PQUVWX"
+    row = share_prefixes([[names.index(name) for name in sequence] for sequence in ("PQUV", "PQW", "PX")])
+    query = Columns(torch.tensor([row.owners]), torch.tensor([row.positions]))
+    mask = _mask("sdpa", query, query, torch.tensor([row.common]), None, torch.float32)[0, 0]
+    drawn = {"token": names, "owner": row.owners, "position": row.positions}
+    drawn |= {f"{name} sees": [" #"[seen] for seen in line] for name, line in zip(names, mask.int(), strict=True)}
+    for name, values in drawn.items():
+        line = f"    {name:10}" + "  ".join(map(str, values))
+        assert f"\n{line.rstrip()}" in shared_prefix.__doc__
 
 
 def test_tokens_are_counted_with_and_without_padding():
