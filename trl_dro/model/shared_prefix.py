@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, PreTrainedConfig
 
-from .likelihood import CompletionLogits, flat_tokens, pad_rows
+from .likelihood import CompletionLogits, flat_tokens, kept_logits, pad_rows
 
 
 class SharedTokens(NamedTuple):
@@ -151,6 +151,8 @@ class ReadPrompts(NamedTuple):
             Owner and position of each of the cache's columns.
         logits (`Tensor` of shape `(B, V)`):
             Prediction after the last token read.
+        written (`list[list[list[int]]]` of shape `(B, S)`, *optional*):
+            Tokens of each continuation, kept by [`~separate_rows.SeparateRows`] alone, which has no cache.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -158,6 +160,7 @@ class ReadPrompts(NamedTuple):
     cache: DynamicCache
     columns: Columns
     logits: Tensor
+    written: Sequence[Sequence[list[int]]] = ()
 
     def cut_to(self, lengths: Sequence[int]) -> "ReadPrompts":
         """The same, with what stands at these positions (one per prompt) and after them hidden."""
@@ -265,7 +268,8 @@ class PackedModel:
         self.count.tokens += sum(map(len, rows))
         self.count.padded += input_ids.numel()
         columns = torch.tensor([lasts.index(len(row) - 1) for row in rows], device=self.device)
-        logits = outputs.logits[torch.arange(len(rows), device=self.device), columns]
+        kept = kept_logits(outputs.logits, lasts, input_ids.shape[1])
+        logits = kept[torch.arange(len(rows), device=self.device), columns]
         positions = counted.masked_fill(~mask, -1)
         return ReadPrompts(prompts, begun, cache, Columns(torch.zeros_like(positions), positions), logits)
 
@@ -350,7 +354,9 @@ class PackedModel:
             column = {index: i for i, index in enumerate(order, start=num_logits - len(order))}
             columns.append([column[index] for index in indices])
         batch = [b for b, indices in enumerate(wanted) for _ in indices]
-        logits = outputs.logits[torch.tensor(batch, device=self.device), flat_tokens(columns, self.device)]
+        width = input_ids.shape[1]
+        kept = kept_logits(outputs.logits, range(width - num_logits, width), width)
+        logits = kept[torch.tensor(batch, device=self.device), flat_tokens(columns, self.device)]
         return logits, past and past._replace(cache=cached["past_key_values"], columns=key)
 
 
