@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from trl_dro import DROTrainer
 from trl_dro.demo.world import ORGANISATION_KINDS
 from trl_dro.metrics.text import exact_match, has_answer
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.importance import importance_weights, selector_coefficients
-from trl_dro.model.permutation import PermutationCodec, PermutationSamples
 from trl_dro.model.rag_model import RAGModel
+from trl_dro.model.sampling import PermutationSamples
 from trl_dro.trainer.estimation import Estimate, Weights
 from trl_dro.trainer.schedule import MicroBatch
 

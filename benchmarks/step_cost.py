@@ -48,10 +48,12 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from trl_dro import DROConfig, DROTrainer
+from trl_dro.model.codec import parse_permutation
 from trl_dro.model.likelihood import completion_logits, completion_logps
-from trl_dro.model.permutation import PermutationSamples, parse_permutation, permutation_logps, sample_permutations
+from trl_dro.model.permutation import permutation_logps
 from trl_dro.model.prompts import answer_ids
 from trl_dro.model.rag_model import RAGModel
+from trl_dro.model.sampling import PermutationSamples, sample_permutations
 
 
 @dataclass

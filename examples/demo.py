@@ -23,7 +23,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.demo.tiny import TINY_MODEL
 from trl_dro.demo.world import synthetic_world
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import PromptBuilder
 from trl_dro.model.roles import ROLES, load_role_adapters
 from trl_dro.trainer.warmup import generator_examples, selector_examples

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """
-Trains the tiny language model of `trl_dro/tiny_model` from nothing, on generic skills over entities and relations that
-the invented world of `trl_dro.demo.world` does not have:
+Trains the tiny language model of `trl_dro/demo/tiny_model` from nothing, on generic skills over entities and relations
+that the invented world of `trl_dro.demo.world` does not have:
 
 - *rank*: write the ids of the passages that answer a question, best first, of one hop or two;
 - *mention*: write the id of the passage that mentions a name and two words, of any meaning;

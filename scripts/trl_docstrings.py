@@ -101,9 +101,10 @@ def _inline(text: str, obj: griffe.Object) -> str:
 
 
 def _link(name: str, short: bool, obj: griffe.Object) -> str:
-    """A link to a name of ours, from the package or from the module of `obj`; other names are only shown."""
+    """A link to a name of ours, from the package, a room of it or the module of `obj`; other names are only shown."""
     shown = f"<code>{name.rsplit('.', 1)[-1] if short else name}</code>"
-    for module in (obj.package, obj.module):
+    rooms = [member for member in obj.package.members.values() if member.is_module]
+    for module in (obj.package, obj.module, *rooms):
         target: griffe.Object | griffe.Alias = module
         try:
             for part in name.split("."):

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Imports go one way: from the trainer to the method's mathematics, and never back."""
+"""The rooms of the house, and imports that go one way between them: down, and never back."""
 
 import ast
 import sys
@@ -13,23 +13,20 @@ import trl_dro
 
 PACKAGE = Path(trl_dro.__file__).parent
 
-# All that a file of the method imports, beside the standard library. What it has of ours is below it.
-CORE = {
-    "importance": {"torch"},
-    "likelihood": {"torch"},
-    "schedule": {"torch"},
-    # Masks and caches are transformers'; what is packed is scored as what is not.
-    "shared_prefix": {"torch", "transformers", "trl_dro.model.likelihood"},
-    # A permutation is written in a tokenizer's tokens, and all of a question are read behind one prompt.
-    "permutation": {"torch", "transformers", "trl_dro.model.likelihood", "trl_dro.model.shared_prefix"},
-    # An estimate holds what was sampled, for which questions, and weighs it.
-    "estimation": {
-        "torch",
-        *(f"trl_dro.{name}" for name in ("importance", "permutation", "schedule", "shared_prefix")),
-    },
-    "prompts": {"datasets", "transformers"},
-    "roles": {"torch", "transformers", "peft"},
-}
+# From the ground up: a room imports its own files and those of lower floors, and none beside it.
+FLOORS = (
+    {"data", "metrics", "model"},
+    {"retrieval"},
+    {"demo", "system"},
+    {"evaluation", "integrations", "server"},
+    {"trainer"},
+    {"report"},
+    {"commands"},
+)
+# The rooms of the method itself, and what their files import of others' packages.
+MATHEMATICS = {"datasets", "jinja2", "numpy", "peft", "torch", "transformers"}
+# What reads and measures data needs no model.
+WITHOUT_MODELS = ("data", "metrics", "retrieval")
 
 
 def module_name(path):
@@ -38,6 +35,7 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = {name: name.split(".")[1] for name, path in MODULES.items() if path.parent != PACKAGE}
 
 
 def imports(name, everywhere=True):
@@ -56,13 +54,27 @@ def imports(name, everywhere=True):
     return {module if module in MODULES else module.partition(".")[0] for module in found}
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_method_imports_what_it_needs_and_nothing_of_trainer_trl_or_config(name):
-    assert imports(f"trl_dro.{name}") - sys.stdlib_module_names == CORE[name]
+def test_every_file_but_the_package_and_its_view_of_trl_is_in_a_room():
+    assert set(MODULES) - set(ROOMS) == {"trl_dro", "trl_dro._trl_compat"}
+    assert set(ROOMS.values()) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*FLOORS)))
+def test_a_room_imports_lower_floors_and_no_other(room):
+    below = set().union(*FLOORS[: next(i for i, floor in enumerate(FLOORS) if room in floor)])
+    inside = [name for name, its_room in ROOMS.items() if its_room == room]
+    found = {(name, other) for name in inside for other in imports(name) if other in ROOMS}
+    assert {(name, other) for name, other in found if ROOMS[other] not in below | {room}} == set()
 
 
 def test_no_module_is_imported_by_one_that_it_imports():
     TopologicalSorter({name: imports(name, everywhere=False) & MODULES.keys() for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("name", [name for name, room in ROOMS.items() if room == "model"])
+def test_the_model_knows_no_trainer_no_config_and_nothing_of_trl(name):
+    others = {module for module in imports(name) if not module.startswith("trl_dro.model")}
+    assert others - sys.stdlib_module_names <= MATHEMATICS
 
 
 def test_private_names_of_trl_are_imported_in_one_place():
@@ -74,19 +86,38 @@ def test_private_names_of_trl_are_imported_in_one_place():
     found = {name: modules for name, path in MODULES.items() if (modules := modules_of_trl(path))}
     # Beside it only the commands know trl, by what it exports: its parser, its arguments, SFTTrainer.
     assert all(module != "trl" for module in found.pop("trl_dro._trl_compat"))
-    assert found == {f"trl_dro.{name}": {"trl"} for name in ("arguments", "training", "warmup")}
+    assert {ROOMS[name] for name in found} == {"commands"} and set().union(*found.values()) == {"trl"}
 
 
-def test_nothing_but_the_command_and_the_package_imports_the_trainer():
-    assert [name for name in MODULES if "trl_dro.trainer.dro_trainer" in imports(name)] == [
-        "trl_dro",
-        "trl_dro.commands.train",
-    ]
+def test_only_the_trainer_and_the_commands_know_our_view_of_trl():
+    knowing = {ROOMS.get(name) for name in MODULES if "trl_dro._trl_compat" in imports(name)}
+    assert knowing <= {"trainer", "commands"}
 
 
-@pytest.mark.parametrize("folder", ["data", "metrics"])
-def test_data_and_metrics_do_not_know_what_is_trained(folder):
-    inside = [name for name in MODULES if name.startswith(f"trl_dro.{folder}")]
-    others = {name for module in inside for name in imports(module) if name.startswith("trl_dro.")} - set(inside)
-    # The invented world comes with its candidates.
-    assert others == ({"trl_dro.retrieval"} if folder == "data" else set())
+@pytest.mark.parametrize("room", WITHOUT_MODELS)
+def test_data_metrics_and_retrieval_import_no_model(room):
+    inside = [name for name, its_room in ROOMS.items() if its_room == room]
+    found = {module for name in inside for module in imports(name, everywhere=False)}
+    assert not found & {"torch", "transformers", "peft", "trl"}
+    assert not {ROOMS.get(module) for module in found} & {"model"}
+
+
+def test_adapters_are_made_and_switched_in_one_file():
+    switches = ("set_adapter", "add_adapter", "disable_adapter", "set_requires_grad")
+    calls = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in switches
+    }
+    assert calls == {"trl_dro.model.roles"}
+
+
+def test_a_room_door_defines_nothing():
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name != "trl_dro":
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            defined = [node for node in body if isinstance(node, ast.ClassDef)]
+            assert not defined, f"{name} defines {defined[0].name}"
+            functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+            assert functions in ([], ["__getattr__"]), name  # by which what takes seconds is imported at first use

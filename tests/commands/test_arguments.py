@@ -57,12 +57,12 @@ class Needed:
     size: int = field(default=3, metadata={"help": "How many."})
 
 
-def test_a_first_setting_that_must_be_given_may_come_without_its_name(capsys):
-    parser = Parser((Needed,), prog="program")
+def test_a_first_word_needs_no_name(capsys):
+    parser = Parser((Needed,), "run", prog="program")
     for arguments in (["folder", "--size", "4"], ["--size", "4", "--run", "folder"]):
         assert parser.parse_args_and_config(arguments) == (Needed("folder", 4),)
     assert parser.format_help().startswith("usage: program RUN [--config FILE.yaml] [--SETTING VALUE …]\n")
-    assert "'3' belongs to no setting" in refused(capsys, "3")  # nothing of Settings must be given
+    assert "'3' belongs to no setting" in refused(capsys, "3")  # Settings have no first word
 
 
 def test_one_value_in_the_file_stands_for_a_list_of_one(config):
@@ -105,7 +105,7 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(capsys, arguments, pa
 
 
 def test_help_has_our_settings_in_their_groups_before_what_is_inherited():
-    shown = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program").format_help()
+    shown = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program").format_help(everything=True)
     places = [
         shown.index(text)
         for text in (
@@ -113,11 +113,22 @@ def test_help_has_our_settings_in_their_groups_before_what_is_inherited():
             *("Parameters that control the prompts:", "--max_candidates"),
             *("Parameters that control the E-step:", "--num_permutations"),
             *("Parameters that control the M-step:", "--selector_estimator"),
+            *("Optimizer:", "--adam_beta1"),
             *("Configuration class for the models:", "--lora_r "),
-            *("Optimizer:", "--weight_decay"),
         )
     ]
     assert places == sorted(places)
+
+
+def test_help_leaves_out_what_is_inherited_and_help_all_tells_it(capsys):
+    parser = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program")
+    shown = parser.format_help()
+    assert "--num_permutations" in shown and "(all: --help-all)" in shown and "--model_name_or_path" in shown
+    assert "--adam_beta1" not in shown and "--lora_r " not in shown
+    with pytest.raises(SystemExit) as info:
+        parser.parse_args_and_config(["--help-all"])
+    assert info.value.code == 0 and capsys.readouterr().out == parser.format_help(everything=True)
+    assert "--help-all" not in Parser((Settings,), prog="program").format_help()  # nothing is left out
 
 
 def test_no_process_cannot_be_asked_for():

@@ -1,16 +1,19 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 
-from trl_dro.commands import evaluate, report, train
+from trl_dro import __version__
+from trl_dro.commands import evaluate, train
+from trl_dro.commands.arguments import CORPUS_HELP, LoadArguments
 from trl_dro.commands.cli import COMMANDS, main, make_parser
+from trl_dro.commands.serve import ServeArguments
 from trl_dro.data import load_records, validate_dataset
 from trl_dro.retrieval import BM25Retriever
 
@@ -135,6 +138,11 @@ def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
     assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
 
 
+def real_parser(name):
+    """The parser by the imported modules, not by their source."""
+    return make_parser(name, vars(import_module(f"trl_dro.commands.{name}")))
+
+
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["trl-dro", *map(str, arguments)])
     main()
@@ -155,20 +163,26 @@ def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
     assert "usage: trl-dro {retrieve,warmup,train,evaluate,predict,serve,report,env}" in capsys.readouterr().out
 
 
+def test_help_lists_each_command_with_what_it_does(monkeypatch, capsys):
+    call(monkeypatch, "--help")
+    listed = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()[2:-2]}
+    assert listed.keys() == COMMANDS.keys() and all(len(summary) > 15 for summary in listed.values())
+    call(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"trl-dro {__version__}\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
-    if importlib.util.find_spec(COMMANDS[name][0]) is None:
-        pytest.skip(f"{COMMANDS[name][0]} is not there yet")
-    for dataclass_type in make_parser(name).dataclass_types:
-        for setting in fields(dataclass_type):
-            assert not setting.init or len(setting.metadata["help"].strip()) > 5, setting.name
+    types = real_parser(name).dataclass_types
+    flag = "--help-all" if name in ("train", "warmup") else "--help"
     with pytest.raises(SystemExit) as info:
-        call(monkeypatch, name, "--help")
+        call(monkeypatch, name, flag)
     assert info.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for dataclass_type in make_parser(name).dataclass_types:
+    for dataclass_type in types:
         for setting in fields(dataclass_type):
             if setting.init:
+                assert len(setting.metadata["help"].strip()) > 5, setting.name
                 assert f"--{setting.name} " in shown
                 assert " ".join(setting.metadata["help"].replace("%%", "%").split()[:4]) in shown
 
@@ -228,20 +242,64 @@ def test_one_process_trains_without_a_launcher(monkeypatch):
     assert trained[0][0].dataset_name == "data" and trained[0][1].num_permutations == 3
 
 
-def test_what_must_be_given_may_come_first_without_its_name(files, monkeypatch):
+def test_a_commands_first_word_needs_no_name(files, monkeypatch):
     flags = ["--corpus", files / "corpus.jsonl", "--output_dir", files / "out", "--cache_dir", files / "cache"]
     call(monkeypatch, "retrieve", files / "questions.jsonl", *flags)
     assert len(load_from_disk(files / "out" / "train")) == 6
-    reported = []
-    monkeypatch.setattr(report, "report", reported.append)
-    call(monkeypatch, "report", "my-run", "--evaluation", "results")
-    assert reported == [report.ReportArguments("my-run", evaluation=["results"])]
 
 
-def test_the_command_line_does_not_import_torch():
-    # It takes seconds, and a call that finds its result in the cache needs none of it.
-    code = "import sys, trl_dro.commands.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(
+    "name, flag, rest",
+    [
+        ("report", "--run", ["--evaluation", "results"]),
+        ("evaluate", "--model", ["--dataset_name", "data"]),
+        ("predict", "--model", ["--questions", "asked.jsonl"]),
+        ("serve", "--model", ["--port", "80"]),
+    ],
+)
+def test_evaluate_serve_predict_and_report_take_the_run_as_their_first_word(name, flag, rest, monkeypatch):
+    called = []
+    monkeypatch.setattr(import_module(f"trl_dro.commands.{name}"), COMMANDS[name].function, called.append)
+    call(monkeypatch, name, "my-run", *rest)
+    call(monkeypatch, name, flag, "my-run", *rest)
+    assert called[0] == called[1] and getattr(called[0], flag[2:]) == "my-run"
+
+
+def test_commands_that_load_a_system_load_it_alike(capsys):
+    loading = [each.name for each in fields(LoadArguments)]
+    shared = ["load_in_4bit", "attn_implementation", "base_model", "revision"]
+    assert set(shared) < set(loading)
+    for name in ("evaluate", "predict", "serve"):
+        actions = {action.dest: action for action in real_parser(name)._actions}
+        assert all(actions[each].help == LoadArguments.__dataclass_fields__[each].metadata["help"] for each in shared)
+    options = ServeArguments(model="run", load_in_4bit=True, attn_implementation="eager", device="cpu").load_options()
+    assert options.quantization_config.load_in_4bit and options.attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["retrieve", "train", "evaluate", "predict", "serve"])
+def test_every_corpus_is_told_of_alike(name):
+    [action] = [action for action in real_parser(name)._actions if action.dest == "corpus"]
+    assert action.help.startswith(CORPUS_HELP)
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        *((["--help"], 0), (["--version"], 0)),
+        *(([name, "--help"], 0) for name in COMMANDS),
+        *(([name, "--nosuch"], 2) for name in COMMANDS),
+        (["serve", "run", "--timeout", "0"], 2),
+    ],
+    ids=str,
+)
+def test_help_and_mistakes_are_answered_without_torch(arguments, code, tmp_path):
+    # It takes seconds to import. What would import it, or transformers, fails here.
+    for package in ("torch", "datasets", "numpy"):
+        (tmp_path / f"{package}.py").write_text("raise SystemExit(99)")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from trl_dro.commands.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code == 2)
 
 
 def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys):

@@ -4,10 +4,12 @@ import json
 import pytest
 
 from trl_dro import LoadOptions, RAGPipeline
+from trl_dro.commands.evaluate import EvaluationArguments, evaluate
 from trl_dro.commands.predict import PredictArguments, predict
 from trl_dro.data import DatasetError
 
-from ..test_faults import make_trainer
+from ..test_faults import TOKENIZER, make_trainer
+from ..tiny_models import tiny_llama
 from ..trainer.test_dro_trainer import make_dataset
 
 
@@ -67,6 +69,50 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_loads_no_model(folder, q
     predictions = predict(args)
     monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
     assert predict(args) == predictions and len(predictions) == 7
+
+
+def changed_settings(folder, base):
+    path = folder / "rag_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_document_length": 3}))
+
+
+def changed_base(folder, base):
+    tiny_llama(TOKENIZER, seed=9).save_pretrained(base)
+
+
+def changed_adapter(folder, base):
+    path = folder / "selector" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+
+
+@pytest.mark.parametrize(
+    "change, name", [(changed_settings, "rag_config"), (changed_base, "base"), (changed_adapter, "weights")]
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_results_of_a_system_that_has_changed_since_are_not_taken_for_its_own(tmp_path, change, name, command):
+    tiny_llama(TOKENIZER).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    run, output = tmp_path / "run", str(tmp_path / "out")
+    make_trainer(run, model=str(tmp_path / "model"), max_answer_length=8).save_model()
+    make_dataset(2).save_to_disk(tmp_path / "data")
+
+    def ask():
+        settings = {"dataset_name": str(tmp_path / "data"), "output_dir": output, "device": "cpu"}
+        if command == "predict":
+            return predict(PredictArguments(str(run), **settings))
+        return evaluate(EvaluationArguments(str(run), **settings))
+
+    ask()
+    ask()
+    change(run, tmp_path / "model")
+    with pytest.raises(ValueError, match=f"holds results with another {name}, which has changed since: name another"):
+        ask()
+
+
+def test_a_mistyped_model_claims_no_folder(folder, questions, tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        predict(arguments(f"{folder}-mistyped", tmp_path, questions=str(questions)))
+    assert len(predict(arguments(folder, tmp_path, questions=str(questions)))) == 7
 
 
 def test_candidates_come_from_a_corpus_where_there_is_one(folder, tmp_path):

@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import socket
 import sys
 
 import pytest
@@ -31,4 +32,18 @@ def test_a_model_that_is_not_there_is_named():
     pytest.importorskip("fastapi", reason="needs the extra serve")
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     with pytest.raises(ValueError, match="there is no folder /nowhere"):
+        serve(ServeArguments(model="/nowhere", port=0))
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "a\n"])
+def test_a_key_that_no_request_can_send_is_refused_before_a_model_is_looked_for(monkeypatch, key):
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    monkeypatch.setenv("TRL_DRO_API_KEY", key)
+    with pytest.raises(ValueError, match="TRL_DRO_API_KEY is empty or holds white space"):
         serve(ServeArguments(model="/nowhere"))
+
+
+def test_a_taken_port_is_named_before_a_model_is_looked_for():
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match="in use"):
+        serve(ServeArguments(model="/nowhere", port=taken.getsockname()[1]))

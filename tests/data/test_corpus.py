@@ -135,6 +135,24 @@ def test_broken_tsv_is_refused_with_file_and_line(line, parts, tmp_path):
     refused(path, *parts)
 
 
+def test_a_quote_that_is_left_open_is_refused_where_it_opens_and_drops_no_passage(tmp_path):
+    path = tmp_path / "corpus.tsv"
+    rows = [[str(number), f'passage "{number}" of thirty', "title"] for number in range(30)]
+    rows[3][1] = '"an open quote'
+    rows[14][1] = 'it ends with "nothing"'
+    path.write_text("".join("\t".join(row) + "\n" for row in [["id", "text", "title"], *rows]))
+    refused(path, "line 5", "opens a quote that does not end before line 6", "close it")
+    path.write_text('id\ttext\ttitle\n1\t"Quoted" only at first\ttitle\n')
+    refused(path, "line 2", "quote a text that begins with a quote")
+
+
+def test_a_quoted_text_may_have_tabs_and_line_breaks(tmp_path):
+    texts = ["two\nlines", "a\ttab", 'three\n"quoted"\nlines']
+    passages = [{"id": str(number), "text": text, "title": "t"} for number, text in enumerate(texts)]
+    for columns in (("id", "text", "title"), ("text", "title", "id"), ("title", "id", "text")):
+        assert [row["text"] for row in read_corpus(tsv(tmp_path / "corpus.tsv", passages, columns))] == texts
+
+
 def test_tsv_without_names_of_columns_is_refused(tmp_path):
     path = tmp_path / "corpus.tsv"
     path.write_text("1\ttext\ttitle\n2\tother\ttitle\n")

@@ -1,5 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset
@@ -31,7 +33,7 @@ def test_rows_are_made_once_whatever_interrupts(tmp_path):
     assert asked == [0, 1, 2, 3, 3, 4]
     assert rows == [{"row": row, "square": row * row} for row in range(5)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
-    assert sorted(each.name for each in path.parent.iterdir()) == ["rows.jsonl", "settings.json"]
+    assert sorted(each.name for each in path.parent.iterdir()) == [".lock", "rows.jsonl", "settings.json"]
     assert complete_rows(path, 5, {"a": 1}, None, "Squaring") == rows
 
 
@@ -42,6 +44,41 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match="results without settings.json"):
         complete_rows(tmp_path / "rows.jsonl", 1, {"a": 1}, squares([]), "Squaring")
+
+
+def test_an_attempt_that_failed_claims_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        complete_rows(tmp_path / "rows.jsonl", 2, {"a": "mistyped"}, squares([], stop_at=0), "Squaring")
+    assert len(complete_rows(tmp_path / "rows.jsonl", 2, {"a": 1}, squares([]), "Squaring")) == 2
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_a_line_separator_in_a_question_ends_no_line(tmp_path, separator):
+    def work(left):
+        for row in left:
+            if row == 2 and len(left) == 3:
+                raise KeyboardInterrupt
+            yield [row], [{"question": f"who{separator}wrote it?"}]
+
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        complete_rows(path, 3, {}, work, "Asking")
+    rows = complete_rows(path, 3, {}, work, "Asking")
+    assert complete_rows(path, 3, {}, None, "Asking") == rows and len(rows) == 3
+
+
+def test_a_second_process_is_refused_while_the_first_writes_and_none_is_once_it_is_gone(tmp_path):
+    code = (
+        "import sys, time; from trl_dro.data.storage import alone_in\n"
+        "with alone_in(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is writing to .*: wait until it ends or stop it"):
+            complete_rows(tmp_path / "rows.jsonl", 1, {}, squares([]), "Squaring")
+        other.kill()
+    assert len(complete_rows(tmp_path / "rows.jsonl", 1, {}, squares([]), "Squaring")) == 1
 
 
 def test_fingerprint_is_that_of_the_columns_asked_for():

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
 from trl_dro.demo.world import draw_world, synthetic_world
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import PromptBuilder
 
 

@@ -51,7 +51,7 @@ def test_a_run_scores_as_its_trainer_says(trained, tmp_path):
         assert sum(row[name] for row in rows) / len(rows) == pytest.approx(metrics[f"test_{name}"])
     assert 0 < metrics["test_em"] < 1
     assert [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()] == rows
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["questions.jsonl", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "questions.jsonl", "settings.json"]
 
 
 def test_small_batches_score_as_one(trained, tmp_path):
@@ -133,12 +133,12 @@ def test_a_finished_evaluation_loads_no_model(trained, tmp_path):
     assert run(fail, dataset, tmp_path) == rows
 
 
-@pytest.mark.parametrize("change", ["selection", "dataset"])
+@pytest.mark.parametrize("change", ["selection=", "another dataset"])
 def test_another_evaluation_does_not_mix_with_the_one_in_the_folder(trained, tmp_path, change):
     folder, dataset, _ = trained
     run(load(folder), dataset.select(range(2)), tmp_path)
     with pytest.raises(ValueError, match=f"holds results with {change}.*name another output_dir"):
-        if change == "selection":
+        if change == "selection=":
             run(load(folder), dataset.select(range(2)), tmp_path, selection="oracle")
         else:
             run(load(folder), dataset.select(range(3)), tmp_path)
@@ -204,7 +204,7 @@ def test_results_of_weights_that_were_trained_on_are_not_taken_for_those_of_the_
     evaluate(arguments(tmp_path / "run", dataset, tmp_path))
     evaluate(arguments(tmp_path / "run", dataset, tmp_path))
     (tmp_path / "run" / "selector" / "adapter_model.safetensors").touch()
-    with pytest.raises(ValueError, match="holds results with weights="):
+    with pytest.raises(ValueError, match="holds results with another weights"):
         evaluate(arguments(tmp_path / "run", dataset, tmp_path))
 
 

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from trl_dro.evaluation.summary import report_table, summarize
+from trl_dro.evaluation.summary import load_baseline, report_table, summarize
 
 
 def scored(em, outcome="correct", **more):
@@ -56,3 +57,10 @@ def test_the_table_has_percentages_intervals_and_p_values():
     labels = {line.split("  ")[0] for line in compared.splitlines()}
     assert {"error: generation", "seconds/question"} <= labels  # nothing wraps
     assert "runs/bm25" in compared and "1.0000" in compared and "+0.0" in compared
+
+
+def test_a_baseline_is_read_whatever_characters_its_questions_have(tmp_path):
+    rows = [{"question": f"who{separator}wrote it?", "answers": ["a"]} for separator in ("\u2028", "\x85", " ")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_baseline(path, rows) == rows

@@ -8,9 +8,11 @@ import torch
 from peft import LoraConfig
 
 from trl_dro import DROConfig, DROTrainer
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.likelihood import completion_logits
-from trl_dro.model.permutation import PermutationCodec, permutation_logps, sample_permutations
+from trl_dro.model.permutation import permutation_logps
 from trl_dro.model.roles import ROLES
+from trl_dro.model.sampling import sample_permutations
 from trl_dro.model.shared_prefix import PackedModel
 
 from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.test_dro_trainer import make_dataset
 from tests.test_faults import make_trainer
+from tests.trainer.test_dro_trainer import make_dataset
 from trl_dro import LoadOptions, RAGPipeline
 
 

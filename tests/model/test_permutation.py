@@ -1,35 +1,19 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
+import math
 import random
 
 import pytest
 import torch
-from scipy.stats import chisquare
-from transformers import MistralConfig, MistralForCausalLM, set_seed
 
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.likelihood import completion_logits
-from trl_dro.model.permutation import (
-    PermutationCodec,
-    parse_permutation,
-    permutation_logps,
-    sample_permutations,
-    truncate_to_top_p,
-    unique_permutations,
-)
-from trl_dro.model.shared_prefix import PackedModel
+from trl_dro.model.permutation import permutation_logps, retriever_logits, unique_permutations
 
 from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama, word_level_tokenizer
 
 
 CPU = torch.device("cpu")
-ALL_12 = list(itertools.permutations(range(1, 5), 2))
-
-
-def draw(model, codec, prompts, sizes, *args, forward=None, **kwargs):
-    packed = PackedModel(forward or model, model.config, 0, CPU, model.dtype)
-    with torch.no_grad():
-        read = packed.read(prompts, [codec.forced_start(n) for n in sizes])
-    return sample_permutations(packed, codec, read, sizes, *args, **kwargs)
 
 
 def enumerate_logps(model, codec, prompt, permutations, num_documents, **kwargs):
@@ -39,72 +23,6 @@ def enumerate_logps(model, codec, prompt, permutations, num_documents, **kwargs)
         return completion_logits(model, [prompt] * rows, tokens, 0, CPU)
 
     return permutation_logps(complete, codec, permutations, [num_documents] * rows, **kwargs)
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("max_documents", [20, 120])
-def test_codec_round_trips_every_id(kind, max_documents):
-    codec = PermutationCodec(TOKENIZERS[kind](), max_documents, num_selected=3)
-    for i in range(1, max_documents + 1):
-        others = random.sample([j for j in range(1, max_documents + 1) if j != i], 2)
-        for permutation in ([i, *others], [*others, i]):
-            tokens, _ = codec.encode(permutation)
-            assert codec.decode(tokens) == permutation
-            assert codec.decode(tokens[:-1]) == permutation  # without eos
-            assert len(tokens) <= codec.max_length
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_written_permutation_reads_as_text(kind):
-    tokenizer = TOKENIZERS[kind]()
-    codec = PermutationCodec(tokenizer, 20, num_selected=3)
-    tokens, _ = codec.encode([3, 12, 1])
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert parse_permutation(text, 20, 3) == ([3, 12, 1], 0)
-
-
-def test_branches_are_where_a_choice_is_left():
-    codec = PermutationCodec(bpe_tokenizer(split_digits=True), max_documents=12, num_selected=2)
-    tokens, branches = codec.encode([1, 12])
-    # "1" against "2".."9", then "]" against "0", "1", "2"; again, and then without the "]" of the used [1].
-    assert [len(branch.allowed) for branch in branches] == [9, 4, 9, 3]
-    assert [tokens[branch.position] for branch in branches] == [b.allowed[b.chosen] for b in branches]
-    _, branches = codec.encode([2, 1], num_documents=2)
-    assert [len(branch.allowed) for branch in branches] == [2]  # the second id is all that is left
-
-
-@pytest.mark.parametrize(
-    "permutation, message",
-    [([1], "2 distinct"), ([1, 1], "2 distinct"), ([1, 5], "outside 1..4"), ([0, 1], "outside")],
-)
-def test_encoding_refuses_what_is_no_permutation(permutation, message):
-    codec = PermutationCodec(word_level_tokenizer(), 4, num_selected=2)
-    with pytest.raises(ValueError, match=message):
-        codec.encode(permutation)
-
-
-def test_decoding_refuses_broken_tokens():
-    codec = PermutationCodec(bpe_tokenizer(split_digits=True), 12, num_selected=2)
-    tokens, _ = codec.encode([1, 12])
-    repeated = codec.encode([1, 2])[0]
-    for broken in (tokens[:-3], tokens + tokens[:1], [0, *tokens], repeated[:-3] + codec.encode([1, 2])[0][1:2] * 3):
-        with pytest.raises(ValueError, match="do not write a permutation"):
-            codec.decode(broken)
-
-
-def test_ids_that_look_alike_to_the_tokenizer_are_refused():
-    tokenizer = word_level_tokenizer()
-    with pytest.raises(ValueError, match="cannot tell document ids"):
-        PermutationCodec(tokenizer, 4000, num_selected=2)
-
-
-def test_constructor_refuses_impossible_sizes_and_a_missing_eos():
-    tokenizer = word_level_tokenizer()
-    with pytest.raises(ValueError, match="num_selected=5 must lie between 1 and the number of documents, 4"):
-        PermutationCodec(tokenizer, 4, num_selected=5)
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no eos token"):
-        PermutationCodec(tokenizer, 4, num_selected=2)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -122,127 +40,6 @@ def test_probabilities_of_all_permutations_sum_to_one(kind):
             assert (full < logps + 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.5, 0.8)])
-def test_sampled_frequencies_match_the_distribution_sampled_from(kind, temperature, top_p):
-    tokenizer = TOKENIZERS[kind]()
-    model = tiny_llama(tokenizer)
-    codec = PermutationCodec(tokenizer, 20, num_selected=2)
-    prompt = tokenizer("Question: who wrote the book?").input_ids
-    samples = draw(model, codec, [prompt], [4], 4096, temperature, top_p)
-    counts = torch.zeros(5, 5).index_put_(tuple(samples.permutations[0].T), torch.ones(4096), accumulate=True)
-    with torch.no_grad():
-        logps = enumerate_logps(model, codec, prompt, ALL_12, 4)
-    observed = torch.tensor([counts[z] for z in ALL_12])
-    # log q of each permutation, from the samples themselves: it must be a distribution, and be what was drawn from.
-    log_q = {
-        tuple(z): q for z, q in zip(samples.permutations[0].tolist(), samples.proposal_logps[0].tolist(), strict=True)
-    }
-    expected = torch.tensor([log_q.get(z, float("-inf")) for z in ALL_12]).exp()
-    if (temperature, top_p) == (1.0, 1.0):
-        torch.testing.assert_close(expected[observed > 0], logps.exp()[observed > 0], atol=1e-5, rtol=1e-4)
-        expected = logps.exp()
-    assert expected.sum().item() == pytest.approx(1.0, abs=1e-2)  # a permutation too rare to be drawn may be missing
-    likely = expected * 4096 > 5
-    assert observed[expected == 0].sum() == 0
-    p_value = chisquare(observed[likely], expected[likely] / expected[likely].sum() * observed[likely].sum()).pvalue
-    assert p_value > 1e-3
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_sampled_log_probabilities_equal_scored_ones_in_a_ragged_batch(kind, attention):
-    tokenizer = TOKENIZERS[kind]()
-    model = tiny_llama(tokenizer, attn_implementation=attention)
-    codec = PermutationCodec(tokenizer, 20, num_selected=4)
-    prompts = [tokenizer(text).input_ids for text in ("Question: who?", "Question: who wrote the book in Paris? " * 3)]
-    sizes = [20, 13]
-    samples = draw(model, codec, prompts, sizes, 6, temperature=1.3)
-    for i in range(2):
-        alone = enumerate_logps(model, codec, prompts[i], samples.permutations[i].tolist(), sizes[i])
-        torch.testing.assert_close(samples.logps[i], alone.detach(), atol=2e-5, rtol=1e-5)
-        for permutation in samples.permutations[i].tolist():
-            assert len(set(permutation)) == 4 and max(permutation) <= sizes[i] and min(permutation) >= 1
-
-
-@pytest.mark.parametrize("window", [8, 64])
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_sampled_log_probabilities_are_exact_under_a_sliding_window(kind, window):
-    tokenizer = TOKENIZERS[kind]()
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
-    set_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2, sliding_window=window, **sizes
-        )
-    ).eval()
-    codec = PermutationCodec(tokenizer, 20, num_selected=4)
-    prompt = tokenizer("Question: who wrote the book in Paris? " * 6).input_ids
-    samples = draw(model, codec, [prompt], [20], 8)
-    with torch.no_grad():
-        scored = enumerate_logps(model, codec, prompt, samples.permutations[0].tolist(), 20)
-    torch.testing.assert_close(samples.logps[0], scored, atol=2e-5, rtol=1e-5)
-
-
-def test_broken_logits_are_seen_in_log_p_and_do_not_stop_the_batch():
-    tokenizer = word_level_tokenizer()
-    model = tiny_llama(tokenizer)
-    codec = PermutationCodec(tokenizer, 4, num_selected=2)
-    prompts = [tokenizer(text).input_ids for text in ("Question", "who")]
-    model.get_input_embeddings().weight.data[prompts[1][-1]] = float("nan")
-    samples = draw(model, codec, prompts, [4, 4], 3)
-    assert samples.logps[0].isfinite().all() and samples.logps[1].isnan().all()
-
-
-def test_greedy_takes_the_most_probable_choice_at_every_branch():
-    tokenizer = word_level_tokenizer()
-    model = tiny_llama(tokenizer)
-    codec = PermutationCodec(tokenizer, 4, num_selected=2)
-    prompt = tokenizer("Question: who wrote the book?").input_ids
-    greedy = draw(model, codec, [prompt], [4], 1, greedy=True)
-    with torch.no_grad():
-        p = dict(zip(ALL_12, enumerate_logps(model, codec, prompt, ALL_12, 4).exp().tolist(), strict=True))
-    first = max(range(1, 5), key=lambda i: sum(v for z, v in p.items() if z[0] == i))
-    best = max((z for z in ALL_12 if z[0] == first), key=p.__getitem__)
-    assert tuple(greedy.permutations[0, 0].tolist()) == best
-    assert greedy.logps.item() == pytest.approx(torch.tensor(p[best]).log().item(), abs=1e-5)
-
-
-def test_prompt_is_prefilled_once_and_forced_tokens_are_free():
-    tokenizer = bpe_tokenizer(split_digits=False)  # one branch per id
-    model = tiny_llama(tokenizer)
-    shapes = []
-
-    def forward(**inputs):
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return model(**inputs)
-
-    codec = PermutationCodec(tokenizer, 20, num_selected=5)
-    prompts = [tokenizer("Question: who wrote the book?").input_ids] * 3
-    draw(model, codec, prompts, [20] * 3, 8, forward=forward)
-    # The prompts, and one step per further id, in which eight samples of a question stand in one row.
-    assert shapes[0] == (3, len(prompts[0]) + len(codec.forced_start(20)))
-    id_and_separator = len(codec.id_tokens[1]) + len(codec.separator)
-    assert shapes[1:] == [(3, 8 * id_and_separator)] * 4
-
-
-def test_a_single_possible_permutation_has_probability_one_and_stays_in_the_graph():
-    tokenizer = word_level_tokenizer()
-    model = tiny_llama(tokenizer)
-    codec = PermutationCodec(tokenizer, 4, num_selected=1)
-    prompt = tokenizer("Question").input_ids
-    logps = enumerate_logps(model, codec, prompt, [[1]], 1)
-    assert logps.item() == 0.0 and logps.requires_grad
-    samples = draw(model, codec, [prompt], [1], 3)
-    assert samples.permutations.tolist() == [[[1]] * 3] and samples.logps.abs().max() == 0
-
-
 def test_full_vocabulary_likelihood_is_that_of_the_written_tokens():
     tokenizer = bpe_tokenizer(split_digits=True)
     model = tiny_llama(tokenizer)
@@ -256,13 +53,6 @@ def test_full_vocabulary_likelihood_is_that_of_the_written_tokens():
     assert actual.item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_top_p_keeps_the_smallest_sufficient_set():
-    logps = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-    torch.testing.assert_close(truncate_to_top_p(logps, 0.7).exp(), torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
-    torch.testing.assert_close(truncate_to_top_p(logps, 0.4).exp(), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
-    assert truncate_to_top_p(logps, 1.0) is logps
-
-
 def test_unique_permutations_map_every_sample_to_its_pair():
     permutations = torch.tensor([[[1, 2], [2, 1], [1, 2]], [[1, 2], [1, 2], [1, 2]]])
     pairs, inverse = unique_permutations(permutations)
@@ -270,18 +60,86 @@ def test_unique_permutations_map_every_sample_to_its_pair():
     assert inverse.tolist() == [[0, 1, 0], [2, 2, 2]]
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("[3] > [1] > [17]", ([3, 1, 17], 0)),
-        ("[3] > [3] > [1]", ([3, 1], 1)),
-        ("The 2 best are [4] and [2].", ([4, 2], 0)),
-        ("3, 1, 99, 0", ([3, 1], 2)),
-        ("[1] > [2] > [3] > [4]", ([1, 2, 3], 1)),
-        ("I cannot rank these.", ([], 0)),
-        ("", ([], 0)),
-        ("9" * 5000, ([], 0)),
-    ],
-)
-def test_parser_drops_what_is_invalid_and_counts_it(text, expected):
-    assert parse_permutation(text, num_documents=20, num_selected=3) == expected
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_with_a_prior_probabilities_of_all_permutations_still_sum_to_one(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    prompt = tokenizer("Question: who wrote the book?").input_ids
+    for n, k, strength in ((12, 2, 1.0), (12, 2, 40.0), (4, 3, 2.5)):
+        codec = PermutationCodec(tokenizer, 12, num_selected=k)
+        prior = retriever_logits(random.Random(n).sample(range(1, n + 1), n), strength)
+        everything = list(itertools.permutations(range(1, n + 1), k))
+        with torch.no_grad():
+            logps = enumerate_logps(
+                model, codec, prompt, everything, n, document_logits=[prior] * len(everything)
+            ).double()
+        assert logps.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_prior_multiplies_the_models_own_choice_where_an_id_is_one_choice():
+    tokenizer = bpe_tokenizer(split_digits=False)
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 12, num_selected=1)
+    prompt, everything = tokenizer("Question: who?").input_ids, [[i] for i in range(1, 13)]
+    prior = retriever_logits(range(12, 0, -1), 1.5)
+    with torch.no_grad():
+        alone = enumerate_logps(model, codec, prompt, everything, 12)
+        actual = enumerate_logps(model, codec, prompt, everything, 12, document_logits=[prior] * 12)
+    torch.testing.assert_close(actual, (alone + torch.tensor(prior)).log_softmax(dim=0))
+
+
+def test_an_id_of_several_tokens_gets_its_prior_where_the_model_is_indifferent_among_those_that_begin_alike():
+    """A token's prior is the mean over what it can become, so that the parts multiply to that of the id."""
+    codec = PermutationCodec(bpe_tokenizer(split_digits=True), 12, num_selected=1)
+    prior = retriever_logits(random.Random(0).sample(range(1, 13), 12), 2.0)
+    logps = []
+    for i in range(1, 13):
+        _, branches = codec.encode([i], 12, prior)
+        logp = 0.0
+        for branch in branches:
+            # Ids that each token can become: a model indifferent among ids gives it their number.
+            begun = next(
+                begun for begun, ids in codec.continuations.items() if sorted({*ids.values()}) == branch.allowed
+            )
+            ids = [[i for i, token in codec.continuations[begun].items() if token == each] for each in branch.allowed]
+            logits = torch.tensor([math.log(len(each)) for each in ids]) + torch.tensor(branch.prior)
+            logp += logits.log_softmax(dim=-1)[branch.chosen].item()
+        logps.append(logp)
+    assert len(branches) == 2
+    torch.testing.assert_close(torch.tensor(logps), torch.tensor(prior).log_softmax(dim=0))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_prior_of_zero_is_the_model_alone_bit_for_bit(kind):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 12, num_selected=3)
+    prompt, permutations = tokenizer("Question: who?").input_ids, [[1, 12, 3], [11, 1, 10]]
+    prior = retriever_logits(range(1, 13), 0.0)
+    alone = enumerate_logps(model, codec, prompt, permutations, 12)
+    assert torch.equal(alone, enumerate_logps(model, codec, prompt, permutations, 12, document_logits=[prior] * 2))
+
+
+def test_a_prior_and_the_likelihood_of_free_text_are_refused_together():
+    codec = PermutationCodec(word_level_tokenizer(), 4, num_selected=2)
+    with pytest.raises(ValueError, match="knows no prior"):
+        permutation_logps(lambda tokens: None, codec, [[1, 2]], [4], "full_vocabulary", [[0.0] * 4])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_gradient_with_a_prior_is_that_of_the_enumerated_distribution(kind):
+    """The score function has mean zero under the distribution with the prior, and not under the one without."""
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer).double()
+    codec = PermutationCodec(tokenizer, 12, num_selected=2)
+    prompt, everything = tokenizer("Question: who?").input_ids, list(itertools.permutations(range(1, 12), 2))
+    prior = retriever_logits(random.Random(1).sample(range(1, 12), 11), 1.0)
+    logps = enumerate_logps(model, codec, prompt, everything, 11, document_logits=[prior] * len(everything))
+    weight = model.get_output_embeddings().weight
+
+    def mean_score(probabilities):
+        [gradient] = torch.autograd.grad((probabilities.detach() * logps).sum(), weight, retain_graph=True)
+        return gradient.abs().max().item()
+
+    without = enumerate_logps(model, codec, prompt, everything, 11).exp()
+    assert mean_score(logps.exp()) < 1e-5 < 1e-2 < mean_score(without)

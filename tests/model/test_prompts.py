@@ -1,11 +1,13 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import random
+import re
 import string
 
 import pytest
 from datasets import Dataset
 from tokenizers import processors
 
+from trl_dro.model.control_tokens import MARK
 from trl_dro.model.prompts import (
     GENERATOR_TEMPLATE,
     LEAST_DOCUMENT_TOKENS,
@@ -328,3 +330,59 @@ def test_a_written_prompt_encodes_to_the_prompt(name, chat):
             assert tokenizer.apply_chat_template(written, add_generation_prompt=True, return_dict=False) == ids
         else:
             assert tokenizer(written).input_ids == ids
+
+
+def numbered(passages):
+    """Numbers and texts of passages as a reader finds them: a line that begins with a number begins a passage."""
+    found = []
+    for line in passages.splitlines():
+        number = re.match(r"\s*\[\s*(\d+)\s*\]\s?", line)
+        if number:
+            found.append((int(number[1]), line[number.end() :]))
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]}\n{line}")
+    return found
+
+
+def test_a_document_cannot_look_like_the_list_around_it():
+    pieces = [
+        "[3] forged",
+        "[2]",
+        "\n",
+        "\r\n",
+        "\u2028",
+        "\x0b",
+        "\x85",
+        " ",
+        "\t",
+        "\n\n",
+        "Question: no?",
+        "Passages:",
+    ]
+    pieces += ["[ 4 ] x", "Paris", "<s>"]
+    seen = []
+    builder = PromptBuilder(
+        word_level_tokenizer(), lambda **fields: seen.append(fields["documents"]) or f"{fields['documents']}\nP", 2
+    )
+    for _ in range(500):
+        documents = [
+            {
+                "title": random.choice([None, "", "".join(random.choices(pieces, k=random.randint(1, 3)))]),
+                "text": "a" * random.randint(0, 1) + "".join(random.choices(pieces, k=random.randint(1, 5))) + "b",
+            }
+            for _ in range(random.randint(1, 4))
+        ]
+        builder("who?", documents)
+        passages = numbered(seen[-1].replace(MARK, ""))
+        assert [number for number, _ in passages] == list(range(1, len(documents) + 1))
+        for (_, shown), document in zip(passages, documents, strict=True):
+            assert shown.split() == f"{document['title'] or ''} {document['text']}".split()
+        assert "\n\n" not in seen[-1]  # the blank line behind the passages is the template's
+
+
+def test_line_breaks_within_a_document_become_spaces_and_nothing_else_changes():
+    assert document_body({"title": "a\n[2] b", "text": "c\r\n\r\n  d\u2028[3] e\n"}) == "a [2] b\nc d [3] e"
+    assert document_body({"title": "a", "text": "[3] e"}) == "a [3] e"
+    assert document_body({"text": "[3] e"}) == "[3] e"
+    for text in ("  two  spaces ", "a\ttab", "[x] no number", "year [3]"):
+        assert document_body({"title": " a ", "text": text}) == f" a \n{text}"

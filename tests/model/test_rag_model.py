@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import GenerationConfig
 
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
 from trl_dro.model.rag_model import RAGModel, chunk_rows
 from trl_dro.model.roles import ROLES, Roles, prepare_role_model

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -244,6 +245,13 @@ def test_many_evaluations_are_thinned_out_in_the_table(tmp_path):
     assert cells[start] == "0" and cells[start + 11 * 6] == "100"
 
 
+def test_questions_with_line_separators_are_reported(run, results):
+    path = Path(f"{results[0]}/questions.jsonl")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"question": "', '"question": "\u2028\x85'), encoding="utf-8")
+    assert report(ReportArguments(str(run), evaluation=results[:1])).is_file()
+
+
 def test_evaluations_that_are_not_finished_or_damaged_are_refused(run, results, tmp_path):
     (tmp_path / "unfinished").mkdir()
     unfinished = str(tmp_path / "unfinished")
@@ -256,7 +264,7 @@ def test_evaluations_that_are_not_finished_or_damaged_are_refused(run, results, 
     assert not (run / "report").exists()
 
 
-@pytest.mark.parametrize("module, package", [("report_figures", "matplotlib"), ("report", "jinja2")])
+@pytest.mark.parametrize("module, package", [("report.figures", "matplotlib"), ("report.report", "jinja2")])
 def test_without_a_package_of_the_extra_the_extra_is_named(monkeypatch, module, package):
     monkeypatch.delitem(sys.modules, f"trl_dro.{module}")
     monkeypatch.setitem(sys.modules, package, None)

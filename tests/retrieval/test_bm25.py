@@ -216,6 +216,28 @@ def test_indexing_that_was_killed_goes_on_at_its_shard(random_corpus, tmp_path, 
     assert retriever.search(random_queries(20), k=10) == whole.search(random_queries(20), k=10)
 
 
+def test_an_index_built_with_another_shard_size_after_a_kill_has_every_passage_once(
+    random_corpus, tmp_path, monkeypatch
+):
+    scored, built = BM25Retriever._scored, []
+
+    def killed_at_the_sixth_shard(retriever, *arguments):
+        if len(built) == 5:
+            raise KeyboardInterrupt
+        built.append(arguments)
+        return scored(retriever, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BM25Retriever, "_scored", killed_at_the_sixth_shard)
+        BM25Retriever(shard_size=20, show_progress=False).index(random_corpus, tmp_path / "killed")
+    retriever = BM25Retriever(shard_size=150, show_progress=False)
+    retriever.index(random_corpus, tmp_path / "killed")
+    assert sum(shard.scores["num_docs"] for shard in retriever.shards) == len(random_corpus)
+    whole = BM25Retriever(show_progress=False)
+    whole.index(random_corpus, tmp_path / "whole")
+    assert retriever.search(random_queries(20), k=10) == whole.search(random_queries(20), k=10)
+
+
 def test_search_before_index_is_refused():
     with pytest.raises(ValueError, match="call index"):
         BM25Retriever().search(["fox"], k=1)

@@ -83,6 +83,19 @@ def test_probabilities_of_the_choices_multiply_to_that_of_the_permutation(pipe):
         )
 
 
+def test_the_retrievers_prior_is_part_of_the_choices_and_of_their_probabilities(run):
+    strong, mild = (RAGPipeline.from_pretrained(run[0], options=CPU, retriever_prior=prior) for prior in (1e3, 1.0))
+    assert all(places(output) == [1, 2] for output in ask_all(strong))
+    # Fewer documents than are selected are ranked by a model of their own.
+    assert places(strong("who?", documents=RECORDS[0]["documents"][:1])) == [1]
+    every = [list(z) for z in itertools.permutations(range(1, 5), 2)]
+    probabilities = torch.tensor(choice_probabilities(mild.rag, RECORDS[:1] * len(every), every)).prod(dim=-1)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        expected = mild.rag.permutation_logps(RECORDS[:1], torch.tensor([every])).exp()[0]
+    torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_base_is_in_memory_once(pipe):
     model = pipe.rag.roles.model
     assert isinstance(model, PeftModel) and set(model.peft_config) == set(ROLES)
@@ -129,6 +142,15 @@ def test_a_retriever_finds_the_candidates(run):
     assert own(question) == expected == own([question], retriever=retriever)[0]
 
 
+def test_candidates_are_retrieved_for_the_questions_that_have_none(run):
+    corpus = [{"id": d["id"], "title": d["title"], "text": d["text"]} for d in RECORDS[0]["documents"]]
+    pipe = RAGPipeline.from_pretrained(run[0], retriever=BM25Retriever(corpus), options=CPU)
+    own = RECORDS[1]["documents"]
+    outputs = pipe([RECORDS[0]["question"]] * 2, documents=[None, own])
+    assert {document.id for document in outputs[0].documents} <= {document["id"] for document in corpus}
+    assert {document.id for document in outputs[1].documents} <= {document["id"] for document in own}
+
+
 def test_streamed_pieces_make_the_answer(pipe, run):
     for record, answer in zip(RECORDS, run[2], strict=True):
         documents, pieces = pipe.stream(record["question"], documents=record["documents"])
@@ -136,6 +158,29 @@ def test_streamed_pieces_make_the_answer(pipe, run):
         assert "".join(pieces).strip() == answer
         assert documents == pipe.select([record["question"]], [record["documents"]])[0]
     assert len(pieces) > 1
+
+
+def test_whoever_watches_sees_each_output_grow_and_can_leave_one_unfinished(pipe, run):
+    seen = {}
+
+    def watch(i, output):
+        seen.setdefault(i, []).append(output)
+        return i == 3 and len(seen[3]) == 3  # after the documents and two tokens
+
+    questions, documents = [r["question"] for r in RECORDS], [r["documents"] for r in RECORDS]
+    outputs = pipe(questions, documents=documents, batch_size=4, watch=watch)
+    for i, expected in enumerate(run[2]):
+        assert [output.answer for output in seen[i][:1]] == [""] and places(seen[i][0]) == run[1][i]
+        assert all(later.answer.startswith(earlier.answer) for earlier, later in itertools.pairwise(seen[i]))
+        assert outputs[i].answer.rstrip("\ufffd") == seen[i][-1].answer
+        assert outputs[i].answer == expected if i != 3 else expected.startswith(seen[3][-1].answer)
+    assert len(outputs[3].answer) < len(run[2][3])
+
+
+def test_a_question_left_at_its_documents_is_not_answered(pipe, run):
+    questions, documents = [r["question"] for r in RECORDS], [r["documents"] for r in RECORDS]
+    outputs = pipe(questions, documents=documents, watch=lambda i, output: i in (0, 4))
+    assert [output.answer for output in outputs] == ["" if i in (0, 4) else run[2][i] for i in range(6)]
 
 
 def test_an_abandoned_stream_lets_others_in(pipe):

@@ -22,7 +22,7 @@ RECORDS = make_dataset(4).to_list()
 CPU = LoadOptions(device="cpu")
 
 
-def trainer_on(model, folder, peft=True, selector_model=None):
+def trainer_on(model, folder, peft=True, selector_model=None, **settings):
     trainer = DROTrainer(
         model,
         DROConfig(
@@ -33,6 +33,7 @@ def trainer_on(model, folder, peft=True, selector_model=None):
             report_to="none",
             use_cpu=True,
             gradient_checkpointing=False,
+            **settings,
         ),
         make_dataset(),
         processing_class=TOKENIZER,
@@ -74,6 +75,7 @@ def test_adapters_on_one_base_are_loaded_onto_one_base(base, tmp_path):
 def test_a_base_made_in_memory_is_saved_beside_its_adapters(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.save_model()
+    assert find_role(tmp_path / "selector", "selector").base == str(tmp_path / "base")
     pipe = assert_loads_as_trained(trainer, tmp_path)
     assert pipe.config.num_selected == 2
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "selector")
@@ -88,6 +90,21 @@ def test_a_checkpoint_finds_the_base_of_its_run(tmp_path):
     trainer.save_model()
     assert not (tmp_path / "checkpoint-1" / "base").exists()
     assert_loads_as_trained(trainer, tmp_path / "checkpoint-1")
+
+
+def test_a_folder_beside_a_run_that_is_called_base_is_not_its_base(base, tmp_path):
+    trainer = trainer_on(base, tmp_path / "run")
+    trainer.save_model()
+    for stranger in (tmp_path / "base", tmp_path / "run" / "base"):
+        tiny_llama(TOKENIZER, seed=7).save_pretrained(stranger)
+    assert find_role(tmp_path / "run", "selector").base == base
+    assert_loads_as_trained(trainer, tmp_path / "run")
+
+    in_memory = make_trainer(tmp_path / "memory")
+    in_memory.save_model()
+    shutil.rmtree(tmp_path / "memory" / "base")
+    with pytest.raises(ValueError, match="trained on a model that is not here .unnamed.: pass its folder"):
+        find_role(tmp_path / "memory", "selector")
 
 
 def test_two_bases_made_in_memory_are_saved_each_with_its_role(tmp_path):
@@ -181,6 +198,19 @@ def test_a_model_in_the_cache_is_found_without_network(base, tmp_path, monkeypat
     assert find_role("someone/tiny", "selector").base == "a/base"
     with pytest.raises(ValueError, match="not in the cache"):
         find_role("someone/else", "selector")
+
+
+def test_a_merged_role_is_asked_as_it_was_trained(base, tmp_path):
+    template = "{documents}\nQ: {question} {format}"
+    trainer_on(base, tmp_path / "run", selector_template=template).save_model()
+    pipe = RAGPipeline.from_pretrained(tmp_path / "run", options=CPU)
+    for role in ROLES:
+        pipe.export_merged(role, tmp_path / role)
+    export_merged(find_role(tmp_path / "run", "generator"), tmp_path / "plain", CPU)
+    loaded = RAGPipeline.from_pretrained(tmp_path / "generator", selector=tmp_path / "selector", options=CPU)
+    assert loaded.config == pipe.config and loaded.config.num_selected == 2
+    assert loaded.config.selector_template == template
+    assert RAGPipeline.from_pretrained(tmp_path / "plain", options=CPU).config == pipe.config
 
 
 def test_a_quantized_base_is_not_merged_into(base, tmp_path):

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -45,6 +46,12 @@ IMPOSSIBLE = [
     ({"selector_estimator": "vimco", "top_p": 0.9}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "selector_likelihood": "full_vocabulary"}, "vimco' needs permutations drawn"),
     ({"selector_estimator": "rws_centered", "selector_likelihood": "full_vocabulary"}, "choose rws"),
+    ({"retriever_prior": -0.5}, "retriever_prior=-0.5: it must be a finite number of at least 0"),
+    ({"retriever_prior": math.inf}, "retriever_prior=inf: it must be a finite number"),
+    (
+        {"retriever_prior": 1.0, "selector_likelihood": "full_vocabulary", "selector_estimator": "rws"},
+        "set retriever_prior=0",
+    ),
     ({"selector_template": "{question}"}, "does not show the documents"),
     ({"generator_template": "{documents} {answer} {question}"}, "'answer'.*its fields are"),
 ]

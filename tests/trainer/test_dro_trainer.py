@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
 from trl_dro import DROConfig, DROTrainer
 from trl_dro._trl_compat import _BaseTrainer
@@ -110,7 +110,6 @@ def exact_gradients(trainer, record):
 
 def run_step(trainer):
     """One micro-batch through E-step and M-step; gradients are left in place."""
-    trainer.current_gradient_accumulation_steps = 1
     trainer._estimated_block = -1
     trainer.model.zero_grad()
     return trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
@@ -277,6 +276,52 @@ def test_going_on_from_the_e_steps_forward_gives_the_gradient_of_a_forward_of_it
         torch.testing.assert_close(gradients(trainer, role), once[role], atol=1e-6, rtol=1e-4)
 
 
+def test_uneven_accumulation_gives_the_gradient_of_one_batch(make_trainer):
+    # One question of five is alone in its micro-batch.
+    settings = {"max_steps": 1, "learning_rate": 1e-12, "max_grad_norm": 0.0, "gradient_checkpointing": False}
+    norms, losses = [], []
+    for batch_size, accumulation in ((5, 1), (4, 2)):
+        trainer = make_trainer(
+            make_dataset(5),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            steps_per_estimation=-1,  # the same draws
+            **settings,
+        )
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        norms.append([logs[f"{role}/grad_norm"] for role in ROLES])
+        losses.append([logs["loss"], *(logs[f"{role}/loss"] for role in ROLES)])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
+
+
+def test_a_second_pass_under_accumulation_is_an_update_of_its_own(make_trainer):
+    trainer = make_trainer(
+        make_dataset(6), maximization_epochs=2, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1
+    )
+    updates, step = [[]], trainer._em_step
+
+    def recorded(model, inputs):
+        updates[-1] += inputs.block[inputs.position].rows if inputs.block else []
+        return step(model, inputs)
+
+    trainer._em_step = recorded
+    trainer.add_callback(EndOfUpdate(lambda: updates.append([])))
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert updates[0] == updates[1] and updates[2] == updates[3]  # two passes over each block
+    assert sorted(updates[0] + updates[2]) == list(range(6))
+
+
+class EndOfUpdate(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call()
+
+
 @pytest.mark.parametrize("steps_per_estimation", [1, 2])
 def test_a_budget_of_tokens_leaves_loss_and_gradient_alone(make_trainer, monkeypatch, steps_per_estimation):
     settings = {"per_device_train_batch_size": 4, "steps_per_estimation": steps_per_estimation}
@@ -289,6 +334,8 @@ def test_a_budget_of_tokens_leaves_loss_and_gradient_alone(make_trainer, monkeyp
             trainer.roles, "forward", lambda *a, f=forward, r=rows, **k: r.append(len(k["input_ids"])) or f(*a, **k)
         )
         loss = run_step(trainer)
+        logged = trainer._means.pop()
+        assert logged["generator/loss"] + logged["selector/loss"] == pytest.approx(loss.item(), rel=1e-5)
         results.append((loss, *(gradients(trainer, role) for role in ROLES)))
         widths.append(max(rows))
     assert widths[0] > widths[1] >= widths[2]
@@ -379,22 +426,20 @@ def test_each_role_has_its_own_learning_rate(make_trainer):
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(make_trainer):
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4, gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
-    trainer.current_gradient_accumulation_steps = 1
     estimate = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
-    trainer._maximization_step(trainer.model, estimate, last=True)
+    trainer._maximization_step(trainer.model, estimate, micro_batch.update_size, last=True)
     whole = {role: gradients(trainer, role) for role in ROLES}
 
     trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = 2
-    for half in (slice(0, 2), slice(2, 4)):
-        batch = type(estimate.batch)(estimate.batch.rows[half], estimate.batch.counted[half], 2.0)
+    for half in (slice(0, 3), slice(3, 4)):
+        batch = type(estimate.batch)(estimate.batch.rows[half], estimate.batch.counted[half])
         part = type(estimate)(
             batch,
             estimate.orders[half],
             estimate.targets[half],
             type(estimate.samples)(*(tensor[half] for tensor in estimate.samples)),
         )
-        trainer._maximization_step(trainer.model, part, last=True)
+        trainer._maximization_step(trainer.model, part, micro_batch.update_size, last=True)
     for role in ROLES:
         torch.testing.assert_close(gradients(trainer, role), whole[role], atol=1e-6, rtol=1e-4)
 
@@ -430,6 +475,24 @@ def test_candidates_are_shuffled_anew_in_training_and_never_in_evaluation(make_t
     assert all(ids == sorted(ids) for questions in seen for ids in questions.values())
 
 
+def test_the_retrievers_prior_follows_the_candidates_through_shuffling(make_trainer):
+    trainer = make_trainer(retriever_prior=1e3, steps_per_estimation=4)
+    run_step(trainer)
+    estimates = [part for parts in trainer._estimates for part in parts]
+    assert len({tuple(order) for estimate in estimates for order in estimate.orders}) > 3
+    for estimate in estimates:
+        for order, permutations in zip(estimate.orders, estimate.samples.permutations.tolist(), strict=True):
+            assert [[order[i - 1] for i in z] for z in permutations] == [[0, 1]] * 4
+
+
+def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
+    trainer = make_trainer(make_dataset(1), **ONE_QUESTION | {"retriever_prior": 1.0})
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    assert errors["generator"] < 0.05 and errors["selector"] < 0.25
+
+
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4)
     [micro_batch] = list(trainer.get_train_dataloader())
@@ -438,7 +501,7 @@ def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
     with torch.no_grad():
         trainer.model.eval()
         for i in range(4):
-            alone = trainer._estimate(type(batch)([batch.rows[i]], [True], 1.0), micro_batch.block_index)
+            alone = trainer._estimate(type(batch)([batch.rows[i]], [True]), micro_batch.block_index)
             assert alone.orders[0] == together.orders[i]
             assert torch.equal(alone.samples.permutations[0], together.samples.permutations[i])
 
@@ -715,16 +778,15 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
     rows[1]["answers"] = ["zebra"]
     trainer = make_trainer(Dataset.from_list(rows), gradient_checkpointing=False)
     [micro_batch] = list(trainer.get_train_dataloader())
-    trainer.current_gradient_accumulation_steps = 1
     estimate = trainer._estimate(micro_batch.block[0], micro_batch.block_index)
     healthy = estimate.batch.rows.index(0)
     alone = type(estimate)(
-        type(estimate.batch)([0], [True], estimate.batch.denominator),
+        type(estimate.batch)([0], [True]),
         [estimate.orders[healthy]],
         [estimate.targets[healthy]],
         type(estimate.samples)(*(tensor[healthy : healthy + 1] for tensor in estimate.samples)),
     )
-    trainer._maximization_step(trainer.model, alone, last=True)
+    trainer._maximization_step(trainer.model, alone, micro_batch.update_size, last=True)
     expected = {role: gradients(trainer, role) for role in ROLES}
     trainer._means.pop()
 
@@ -737,7 +799,7 @@ def test_a_nan_question_leaves_the_gradient_of_the_others_alone(make_trainer):
         return logps * torch.where(is_zebra, float("nan"), 1.0).unsqueeze(-1)
 
     trainer.rag.answer_logps = broken
-    trainer._maximization_step(trainer.model, estimate, last=True)
+    trainer._maximization_step(trainer.model, estimate, micro_batch.update_size, last=True)
     assert trainer._means.pop()["masked_question_share"] == 0.5
     for role in ROLES:
         torch.testing.assert_close(gradients(trainer, role), expected[role], atol=1e-6, rtol=1e-4)

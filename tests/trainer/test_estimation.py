@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trl_dro.model.importance import importance_weights, selector_coefficients
-from trl_dro.model.permutation import PermutationSamples
 from trl_dro.model.roles import ROLES
+from trl_dro.model.sampling import PermutationSamples
 from trl_dro.trainer.estimation import (
     Estimate,
     draw,
@@ -50,10 +50,11 @@ def test_targets_are_the_first_answer_one_by_chance_or_all():
     assert set(drawn) == {0, 1}
 
 
-def test_reordering_moves_the_documents_alone():
+def test_reordering_moves_the_documents_alone_and_remembers_where_they_stood():
     [record] = make_dataset(1).to_list()
     [moved] = reordered([record], [[2, 0, 3, 1]])
     assert moved["documents"] == [record["documents"][i] for i in (2, 0, 3, 1)]
+    assert moved.pop("retrieval_ranks") == [3, 1, 4, 2]
     assert {**moved, "documents": record["documents"]} == record
 
 
@@ -72,7 +73,7 @@ def make_estimate(answer_logps, correction=None, counted=None):
     logps = torch.full((num_questions, m), -2.0)
     correction = torch.zeros_like(logps) if correction is None else torch.tensor(correction)
     permutations = torch.tensor([[[1, 2], [1, 2], [2, 1]]] * num_questions)
-    batch = QuestionBatch(list(range(num_questions)), counted or [True] * num_questions, num_questions)
+    batch = QuestionBatch(list(range(num_questions)), counted or [True] * num_questions)
     samples = PermutationSamples(permutations, logps, logps - correction)
     return Estimate(batch, [[0, 1]] * num_questions, [["a"]] * num_questions, samples, answer_logps)
 

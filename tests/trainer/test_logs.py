@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from trl_dro.model.permutation import PermutationSamples
+from trl_dro.model.sampling import PermutationSamples
 from trl_dro.model.shared_prefix import TokenCount
 from trl_dro.trainer.logs import RunningMeans, comparison_table, permutation_rows, permutation_table, save_permutations
 

@@ -16,7 +16,7 @@ def micro_batches(num_questions, batch_size, epoch=0, **kwargs):
 
 def visited(steps):
     """Rows of every step that are counted, in order."""
-    shares = [step.block[step.position] for step in steps]
+    shares = [step.block[step.position] for step in steps if step.block]
     return [row for share in shares for row, counted in zip(share.rows, share.counted, strict=True) if counted]
 
 
@@ -70,8 +70,8 @@ def test_losses_averaged_over_processes_equal_the_mean_over_questions(num_questi
     for whole, *parts in zip(alone, *ranks, strict=True):
         per_process = [
             sum(losses[row] for row, counted in zip(share.rows, share.counted, strict=True) if counted)
-            / share.denominator
-            for share in (part.block[part.position] for part in parts)
+            / part.update_size
+            for part, share in ((part, part.block[part.position]) for part in parts)
         ]
         expected = losses[whole.block[whole.position].rows].mean()
         assert sum(per_process).item() / world_size == pytest.approx(expected.item())
@@ -119,9 +119,48 @@ def test_loader_counts_questions_for_the_trainers_speed_metrics():
     assert len(EstimationDataLoader(EstimationSampler(11, 2)).dataset) == 11
 
 
-def test_parts_of_a_batch_have_its_questions_and_weigh_by_its_size():
-    batch = QuestionBatch([5, 6, 7], [True, True, False], 2.5)
-    assert batch.split([[2, 0], [1]]) == [
-        QuestionBatch([7, 5], [False, True], 2.5),
-        QuestionBatch([6], [True], 2.5),
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("maximization_epochs", [1, 2])
+def test_every_question_of_an_update_weighs_the_same_however_the_update_is_cut(world_size, maximization_epochs):
+    # 5 questions, 4 at a time: a micro-batch of 4 and one of 1 make an update.
+    losses = torch.rand(5, dtype=torch.float64)
+    ranks = [
+        micro_batches(
+            5,
+            4 // world_size,
+            gradient_accumulation_steps=2,
+            maximization_epochs=maximization_epochs,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
     ]
+    updates = len(ranks[0]) // 2
+    assert updates == maximization_epochs
+    for update in range(updates):
+        total = sum(
+            losses[row] / step.update_size / world_size
+            for steps in ranks
+            for step in steps[2 * update : 2 * update + 2]
+            for row in visited([step])
+        )
+        assert total.item() == pytest.approx(losses.mean().item())
+
+
+def test_a_second_visit_to_a_block_begins_with_a_new_update():
+    # As drawn in the module's docstring.
+    steps = micro_batches(6, 2, steps_per_estimation=2, maximization_epochs=2, gradient_accumulation_steps=2)
+    drawn = [(step.block_index, step.position if step.block else "-") for step in steps]
+    assert drawn == [(0, 0), (0, 1), (0, 0), (0, 1), (1, "-"), (1, 0), (1, "-"), (1, 0)]
+    assert [step.update_size for step in steps] == [4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def test_blocks_visited_twice_are_rounded_up_to_whole_updates_and_others_are_not():
+    for visits, sizes in ((1, [1] * 4), (2, [2, 2])):
+        steps = micro_batches(8, 2, maximization_epochs=visits, gradient_accumulation_steps=2)
+        assert list({step.block_index: len(step.block) for step in steps}.values()) == sizes
+
+
+def test_parts_of_a_batch_have_its_questions():
+    batch = QuestionBatch([5, 6, 7], [True, True, False])
+    assert batch.split([[2, 0], [1]]) == [QuestionBatch([7, 5], [False, True]), QuestionBatch([6], [True])]

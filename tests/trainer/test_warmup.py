@@ -3,17 +3,12 @@ import gzip
 import json
 
 import pytest
-from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig
 
-from trl_dro.commands.warmup import WarmUpArguments, warm_up
 from trl_dro.data import DatasetError
-from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, TINY_MODEL
+from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 from trl_dro.demo.world import synthetic_world
-from trl_dro.model.permutation import PermutationCodec
+from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import PromptBuilder
-from trl_dro.trainer import warmup
 from trl_dro.trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
 
 from ..tiny_models import TOKENIZERS
@@ -133,27 +128,3 @@ def test_broken_rankings_are_named_by_file_and_line(tmp_path, row, message):
     (tmp_path / "rankings.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DatasetError, match=message):
         read_listwise_rankings(tmp_path / "rankings.jsonl")
-
-
-def test_dry_run_counts_what_it_would_train_on_and_trains_nothing(records, tmp_path, monkeypatch, capsys):
-    Dataset.from_list(records).save_to_disk(tmp_path / "data")
-    monkeypatch.setattr(warmup, "SFTTrainer", None)
-    args = WarmUpArguments(dataset_name=str(tmp_path / "data"), num_selected=3, max_candidates=8, dry_run=True)
-    sft_args = SFTConfig(str(tmp_path / "sft"), bf16=False, report_to="none")
-    warm_up(args, sft_args, ModelConfig(model_name_or_path=str(TINY_MODEL)))
-    shown = capsys.readouterr().out
-    assert "selector" in shown and "generator" in shown and shown.count("40") >= 2
-    assert not (tmp_path / "sft" / "selector").exists()
-
-
-def test_without_a_model_the_tiny_one_learns_in_its_own_prompts(records, tmp_path, monkeypatch):
-    Dataset.from_list(records).save_to_disk(tmp_path / "data")
-    shown = {}
-    monkeypatch.setattr(warmup, "print_examples", shown.update)
-    args = WarmUpArguments(dataset_name=str(tmp_path / "data"), num_selected=3, max_candidates=8, dry_run=True)
-    args.generator_template = "{documents} {question} ?!"
-    warm_up(args, SFTConfig(str(tmp_path / "sft"), bf16=False, report_to="none"), ModelConfig())
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    expected = PromptBuilder(tokenizer, args.generator_template, 3)
-    assert prompt(shown["generator"][0]) == expected(records[0]["question"], records[0]["documents"][:3])
-    assert args.selector_template == SELECTOR_TEMPLATE

@@ -6,16 +6,50 @@ import difflib
 import inspect
 import re
 import sys
-from argparse import Action
+from argparse import SUPPRESS, Action
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
 
+if TYPE_CHECKING:
+    from ..system.run_folder import LoadOptions
+
+
+# What every `--corpus` reads, see [`~data.corpus.open_corpus`].
+CORPUS_HELP = (
+    "Passages: jsonl, tsv (either may be gz), parquet, Hub id (`id` or `id:config`), or a folder of documents to cut "
+    "into passages."
+)
+DATASET_HELP = "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."
+
+# Of the many settings that come with TRL and transformers, those that a first run asks for.
+OFTEN_SET = (
+    "model_name_or_path",
+    "output_dir",
+    "use_peft",
+    "load_in_4bit",
+    "dtype",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "logging_steps",
+    "save_steps",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+    "use_cpu",
+    "seed",
+)
+
 _SECTION = re.compile(r"^ {4}> (.+)$")
+Section = tuple[str, list[str]]  # title and names of the settings
+
 _FIELD = re.compile(r"^ {4}(\w+) ?\(")
 
 
@@ -48,23 +82,128 @@ class LaunchArguments:
             raise ValueError(f"--num_processes {self.num_processes}: it must be at least 1")
 
 
+@dataclass(kw_only=True)
+class LoadArguments:
+    """
+    Which system to load, and how.
+
+    Args:
+        model (`str`, *optional*):
+            Run folder or Hub repo with both roles, or the generator alone.
+        selector (`str`, *optional*):
+            Selector, if not that of `model`: a run, adapter or model.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub repo given as `model`.
+        base_model (`str`, *optional*):
+            Base of the adapters, instead of the one they name.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision; `"auto"` takes that in which the base is stored.
+        device (`str`, *optional*):
+            Device; the accelerator if there is one.
+        attn_implementation (`str`, *optional*):
+            Attention of transformers.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Load the base in 4 bits (NF4, double quantization).
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that ships with a model.
+    """
+
+    model: str | None = field(
+        default=None, metadata={"help": "Run folder or Hub repo with both roles, or the generator alone."}
+    )
+    selector: str | None = field(
+        default=None, metadata={"help": "Selector, if not the model's: a run, adapter or model."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's Hub repo."})
+    base_model: str | None = field(default=None, metadata={"help": "Base of the adapters, if not the one they name."})
+    dtype: str = field(default="auto", metadata={"help": "Precision; auto takes that in which the base is stored."})
+    device: str | None = field(default=None, metadata={"help": "Device; the accelerator if there is one."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bits (NF4)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that ships with a model."})
+
+    def load_options(self) -> "LoadOptions":
+        """Precision, device and quantization."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        from ..system.run_folder import LoadOptions
+
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        return LoadOptions(
+            dtype=self.dtype,
+            device=self.device,
+            quantization_config=four_bits if self.load_in_4bit else None,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(kw_only=True)
+class QuestionArguments(LoadArguments):
+    """
+    Questions that a system is asked, see also [`LoadArguments`].
+
+    Args:
+        questions (`str`, *optional*):
+            Questions, jsonl, whose candidates BM25 retrieves from `corpus`.
+        corpus (`str`, *optional*):
+            Passages, as for [`~data.corpus.open_corpus`].
+        dataset_name (`str`, *optional*):
+            Dataset with candidates, instead: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file.
+        dataset_split (`str`, *optional*):
+            Its split.
+        max_questions (`int`, *optional*):
+            Ask the first ones only.
+        max_candidates (`int`, *optional*):
+            Candidates per question, n, instead of the trained system's.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Prompt tokens computed at a time; halved where memory runs out.
+    """
+
+    questions: str | None = field(
+        default=None, metadata={"help": "Questions, jsonl, whose candidates BM25 retrieves from the corpus."}
+    )
+    corpus: str | None = field(default=None, metadata={"help": CORPUS_HELP})
+    dataset_name: str | None = field(default=None, metadata={"help": DATASET_HELP})
+    dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
+    max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
+    max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
+
+
 class Parser(TrlParser):
     """
-    Parses flags and `--config FILE.yaml` into dataclasses. The first setting, where it must be given, may come first
-    without its name. A mistake ends the program with exit code 2 and one line, which names the setting that was
-    probably meant.
+    Parses flags and `--config FILE.yaml` into dataclasses. A mistake ends the program with exit code 2 and one line,
+    which names the setting that was probably meant.
 
     Args:
         dataclass_types (`Iterable[type]`):
             Dataclasses, whose fields are the settings.
+        first (`str`, *optional*):
+            Setting that may come first, without its name.
         kwargs:
             Passed to [`~argparse.ArgumentParser`].
     """
 
-    def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any):
+    def __init__(self, dataclass_types: Iterable[Any], first: str | None = None, **kwargs: Any):
         # An abbreviation would mean another setting as soon as one is added.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.first = next((each.dest for each in self._actions[1:2] if each.required), None)  # behind --help
+        self.first = first
+        if any(_is_foreign(dataclass_type) for dataclass_type in self.dataclass_types):
+            self.add_argument(
+                "--help-all",
+                action=_HelpAll,
+                nargs=0,
+                dest=SUPPRESS,
+                default=SUPPRESS,
+                help="show the settings of TRL and transformers too, and exit",
+            )
         first = "" if self.first is None else f"{self.first.upper()} "
         self.usage = f"{self.prog} {first}[--config FILE.yaml] [--SETTING VALUE …]"
         for action in self._actions:
@@ -115,42 +254,55 @@ class Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def format_help(self) -> str:
-        """Settings in groups: those of this package first, then what is inherited of transformers."""
+    def format_help(self, everything: bool = False) -> str:
+        """Settings in groups: those of this package, and then, if `everything` is asked for, what is inherited."""
         formatter: Any = self.formatter_class(prog=self.prog)
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         actions: dict[str, list[Action]] = {}
         for action in self._actions:
             actions.setdefault(action.dest, []).append(action)
-        for title, names in self._sections():
+        own, inherited = self._sections()
+        hidden = sum(len(names) for _, names in inherited)
+        if inherited and not everything:
+            shown = [name for name in OFTEN_SET if any(name in names for _, names in inherited)]
+            inherited = [(f"Often set, of {hidden} that come with TRL and transformers (all: --help-all)", shown)]
+        for title, names in own + inherited:
             formatter.start_section(title)
             for name in names:
                 formatter.add_arguments(actions[name])
             formatter.end_section()
         return formatter.format_help()
 
-    def _sections(self) -> list[tuple[str, list[str]]]:
-        """Titles and fields of the groups, which the docstrings of the dataclasses give."""
-        own: list[tuple[str, list[str]]] = []
-        inherited: list[tuple[str, list[str]]] = []
+    def _sections(self) -> tuple[list[Section], list[Section]]:
+        """Groups of this package and of others, by the docstrings of the dataclasses."""
+        own: list[Section] = []
+        inherited: list[Section] = []
         for dataclass_type in self.dataclass_types:
             left = [each.name for each in dataclasses.fields(dataclass_type) if each.init]
             for base in dataclass_type.__mro__:
+                sections = inherited if _is_foreign(base) else own
                 for title, documented in _documented_sections(base).items():
                     if names := [name for name in documented if name in left]:
-                        (own if base is dataclass_type else inherited).append((title, names))
+                        sections.append((title, names))
                         left = [name for name in left if name not in names]
-            if left:
-                whole = len(left) == sum(each.init for each in dataclasses.fields(dataclass_type))
-                title = inspect.cleandoc(dataclass_type.__doc__ or "").partition("\n")[0].rstrip(".")
-                (own if whole else inherited).append((title if whole else "Other training arguments", left))
-        return own + inherited
+            for base in dataclass_type.__mro__:  # what is in no section
+                if names := [name for name in left if name in base.__dict__.get("__annotations__", {})]:
+                    title = inspect.cleandoc(base.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
+                    (inherited if _is_foreign(base) else own).append((title, names))
+                    left = [name for name in left if name not in names]
+        return own, inherited
 
     def _suggestion(self, name: str, prefix: str = "") -> str:
         known = [action.dest for action in self._actions] + ["config"]
         close = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {prefix}{close[0]}?" if close else f"; see {self.prog} --help"
+
+
+class _HelpAll(Action):
+    def __call__(self, parser: Any, *arguments: Any) -> None:
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
 
 
 def one_line(error: Exception) -> str:
@@ -160,6 +312,10 @@ def one_line(error: Exception) -> str:
 
 def _type_name(action: Action) -> str:
     return getattr(action.type, "__name__", "value").replace("string_to_bool", "bool")
+
+
+def _is_foreign(dataclass_type: type) -> bool:
+    return dataclass_type.__module__.startswith(("trl.", "transformers."))
 
 
 def _documented_sections(dataclass_type: type) -> dict[str, list[str]]:

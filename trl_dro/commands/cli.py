@@ -6,22 +6,45 @@ import inspect
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
+from .. import __version__
 from .arguments import LaunchArguments, Parser, one_line
+from .source import read
 
 
-# Module, dataclasses of arguments and function of each command. Models take seconds to import: only where used.
+class Command(NamedTuple):
+    """
+    A command. Models take seconds to import: its module only where it is used.
+
+    Args:
+        arguments (`str`):
+            Dataclasses of its settings.
+        function (`str`):
+            What it calls.
+        first (`str`, *optional*):
+            Setting that may come first, without its name.
+    """
+
+    arguments: str
+    function: str
+    first: str | None = None
+
+
+# Each in the module of its name.
 COMMANDS = {
-    "retrieve": ("trl_dro.commands.retrieve", "RetrieveArguments", "retrieve"),
-    "warmup": ("trl_dro.commands.warmup", "WarmUpArguments SFTConfig ModelConfig", "warm_up"),
-    "train": ("trl_dro.commands.train", "TrainArguments DROConfig ModelConfig", "train"),
-    "evaluate": ("trl_dro.commands.evaluate", "EvaluationArguments", "evaluate"),
-    "predict": ("trl_dro.commands.predict", "PredictArguments", "predict"),
-    "serve": ("trl_dro.commands.serve", "ServeArguments", "serve"),
-    "report": ("trl_dro.commands.report", "ReportArguments", "report"),
-    "env": ("trl_dro.commands.env", "EnvironmentArguments", "print_environment"),
+    "retrieve": Command("RetrieveArguments", "retrieve", "questions"),
+    "warmup": Command("WarmUpArguments SFTConfig ModelConfig", "warm_up"),
+    "train": Command("TrainArguments DROConfig ModelConfig", "train"),
+    "evaluate": Command("EvaluationArguments", "evaluate", "model"),
+    "predict": Command("PredictArguments", "predict", "model"),
+    "serve": Command("ServeArguments", "serve", "model"),
+    "report": Command("ReportArguments", "report", "run"),
+    "env": Command("EnvironmentArguments", "print_environment"),
 }
 USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
 
@@ -46,36 +69,65 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     """
     name, *arguments = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        print_commands()
+        return
+    if name == "--version":
+        print(f"trl-dro {__version__}")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    module, _, function = COMMANDS[name]
     # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    check_usage(name, arguments)
     try:
-        parsed = make_parser(name).parse_args_and_config(arguments)
+        parsed = make_parser(name, vars(command_module(name))).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments])
         else:
-            getattr(import_module(module), function)(*parsed)
+            getattr(command_module(name), COMMANDS[name].function)(*parsed)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
         sys.exit(f"trl-dro {name}: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
 
 
-def make_parser(name: str) -> Parser:
-    """The parser of a command."""
-    module, dataclass_names, function = COMMANDS[name]
-    types = [getattr(import_module(module), each) for each in dataclass_names.split()]
-    description = (inspect.getdoc(getattr(import_module(module), function)) or "").partition("\n\n")[0]
-    return Parser(types, prog=f"trl-dro {name}", description=description)
+def print_commands() -> None:
+    """Prints what each command does."""
+    print(f"{USAGE}\n")
+    for name in COMMANDS:
+        summary = str(read(f"trl_dro.commands.{name}")["__doc__"]).partition("\n")[0].partition(": ")[2]
+        print(f"  {name:10}{summary}")
+    print("\ntrl-dro COMMAND --help tells its settings, trl-dro --version the version of this package.")
+
+
+def check_usage(name: str, arguments: list[str]) -> None:
+    """
+    Answers help and mistakes by the source of a command, as importing it takes seconds.
+
+    Raises:
+        `SystemExit`: with code 0 after help, with code 2 if the command was called wrongly.
+    """
+    # What the source does not tell, in whichever way, the module will.
+    with suppress(Exception):
+        make_parser(name, read(f"trl_dro.commands.{name}")).parse_args_and_config(arguments)
+
+
+def make_parser(name: str, names: Mapping[str, Any]) -> Parser:
+    """The parser of a command, by the names of its module."""
+    command = COMMANDS[name]
+    types = [names[each] for each in command.arguments.split()]
+    description = (inspect.getdoc(names[command.function]) or "").partition("\n\n")[0]
+    return Parser(types, command.first, prog=f"trl-dro {name}", description=description)
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command, imported."""
+    return import_module(f"trl_dro.commands.{name}")
 
 
 def launches(args: Any) -> bool:

@@ -5,12 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
-from transformers import BitsAndBytesConfig
 
 from ..data import load_records, read_corpus, read_questions
-from ..data.resumable import weights_stamp, write_json
+from ..data.resumable import write_json
 from ..data.schema import DatasetError
 from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
@@ -19,69 +17,39 @@ from ..evaluation.summary import load_baseline, print_report, summarize
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
-from ..system.run_folder import LoadOptions
+from ..system.run_folder import system_stamp
+from .arguments import QuestionArguments
 
 
 # Arguments that do not change the result of a question.
 _NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(QuestionArguments):
     """
-    What `trl-dro evaluate` evaluates, and on what.
+    What is evaluated, and what it is compared with; see also [`QuestionArguments`].
 
     Args:
-        model (`str`, *optional*):
-            Run folder or Hub repo with both roles.
         selector (`str`, *optional*):
             Selector, if not that of `model`: a run, adapter or model, `"retriever"` for the candidates as they were
             retrieved, or `"oracle"` for the relevant ones first.
         generator (`str`, *optional*):
             Generator, if not that of `model`: a run, adapter or model.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub repo given as `model`.
-        base_model (`str`, *optional*):
-            Base of the adapters, instead of the one they name.
-        dataset_name (`str`, *optional*):
-            Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file.
-        dataset_split (`str`, *optional*):
-            Its split.
-        questions (`str`, *optional*):
-            Questions, jsonl, whose candidates BM25 retrieves from `corpus`.
-        corpus (`str`, *optional*):
-            Passages, jsonl.
-        max_questions (`int`, *optional*):
-            Evaluate the first ones only.
         output_dir (`str`, *optional*, defaults to `"evaluation"`):
             Folder of `questions.jsonl`, `summary.json` and `settings.json`. What is there already is not done again.
         baseline (`str`, *optional*):
             Folder of another evaluation of the same questions, to compare with.
         num_selected (`int`, *optional*):
             Documents per question, K, instead of the trained system's.
-        max_candidates (`int`, *optional*):
-            Candidates per question, n, instead of the trained system's.
         max_answer_length (`int`, *optional*):
             Longest answer in tokens, instead of the trained system's.
         context_reliance (`bool`, *optional*, defaults to `True`):
             Whether to score the gold answer with and without the documents, two more forwards per question.
         ranking_measures (`list[str]`, *optional*):
             Measures of `ir-measures` of the selected documents, e.g. `nDCG@5 RR@5`; needs `positive_ids`.
-        tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Prompt tokens computed at a time; halved where memory runs out.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision.
-        device (`str`, *optional*):
-            Device; the accelerator if there is one.
-        attn_implementation (`str`, *optional*):
-            Attention of transformers.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Load the base in 4 bits (NF4, double quantization).
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that ships with a model.
     """
 
-    model: str | None = field(default=None, metadata={"help": "Run folder or Hub repo with both roles."})
     selector: str | None = field(
         default=None,
         metadata={"help": "Selector, if not the model's: a run, adapter or model, or `retriever`, or `oracle`."},
@@ -89,18 +57,6 @@ class EvaluationArguments:
     generator: str | None = field(
         default=None, metadata={"help": "Generator, if not the model's: a run, adapter or model."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's Hub repo."})
-    base_model: str | None = field(default=None, metadata={"help": "Base of the adapters, if not the one they name."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
-    questions: str | None = field(
-        default=None, metadata={"help": "Questions, jsonl, whose candidates BM25 retrieves from the corpus."}
-    )
-    corpus: str | None = field(default=None, metadata={"help": "Passages, jsonl with `id`, `title` and `text`."})
-    max_questions: int | None = field(default=None, metadata={"help": "Evaluate the first ones only."})
     output_dir: str = field(
         default="evaluation", metadata={"help": "Folder of the results. What is there already is not done again."}
     )
@@ -108,7 +64,6 @@ class EvaluationArguments:
         default=None, metadata={"help": "Folder of another evaluation of the same questions, to compare with."}
     )
     num_selected: int | None = field(default=None, metadata={"help": "Documents per question, K."})
-    max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
     max_answer_length: int | None = field(default=None, metadata={"help": "Longest answer in tokens."})
     context_reliance: bool = field(
         default=True, metadata={"help": "Score the gold answer with and without the documents."}
@@ -116,16 +71,10 @@ class EvaluationArguments:
     ranking_measures: list[str] | None = field(
         default=None, metadata={"help": "Measures of ir-measures, e.g. nDCG@5 RR@5; needs positive_ids."}
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
-    dtype: str = field(default="auto", metadata={"help": "Precision."})
-    device: str | None = field(default=None, metadata={"help": "Device; the accelerator if there is one."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bits."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that ships with a model."})
 
     def __post_init__(self):
         if self.generator is None and self.model is None:
-            raise ValueError("nothing to evaluate: pass --model, or --generator and --selector")
+            raise ValueError("nothing to evaluate: name a run (trl-dro evaluate RUN), or --generator and --selector")
         if self.selector is None and self.model is None:
             raise ValueError("--generator alone selects nothing: pass --selector PATH, or retriever, or oracle")
         if (self.questions is None) != (self.corpus is None):
@@ -149,7 +98,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             System and dataset.
 
     Returns:
-        `dict[str, Any]`: the summary, see [`~evaluation_report.summarize`].
+        `dict[str, Any]`: the summary, see [`~evaluation.summary.summarize`].
 
     Raises:
         `DatasetError`: the dataset is malformed, or the baseline is of other questions.
@@ -170,12 +119,13 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             selector=selector,
             revision=args.revision,
             base_model=args.base_model,
-            options=load_options(args),
+            options=args.load_options(),
             **{name: value for name, value in sizes.items() if value is not None},
         )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector, args.generator)
+    selector = (args.selector or args.model) if selection == "selector" else None
+    asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
     rows = evaluation.evaluate(
         load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked
     )
@@ -185,23 +135,6 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     print_report(summary, args.baseline)
     print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
     return summary
-
-
-def load_options(args: Any) -> LoadOptions:
-    """Precision, device and quantization that a command's settings ask for."""
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return LoadOptions(
-        dtype=args.dtype,
-        device=args.device,
-        quantization_config=four_bits if args.load_in_4bit else None,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def _load_dataset(args: EvaluationArguments) -> Dataset:

@@ -9,89 +9,42 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import DatasetError, load_records, read_corpus, read_open_questions
-from ..data.resumable import complete_rows, fingerprint, weights_stamp
+from ..data.resumable import complete_rows, fingerprint
 from ..data.schema import check_documents, check_question
 from ..evaluation.evaluation import batches
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
-from .evaluate import load_options
+from ..system.run_folder import system_stamp
+from .arguments import QuestionArguments
 
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
-@dataclass
-class PredictArguments:
+@dataclass(kw_only=True)
+class PredictArguments(QuestionArguments):
     """
-    System, and questions that it is to answer.
+    What is asked, and where the answers go; see also [`QuestionArguments`].
 
     Args:
-        model (`str`):
-            Run folder or Hub repo with both roles, or the generator alone.
-        selector (`str`, *optional*):
-            Selector, if not that of `model`.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub repo given as `model`.
-        base_model (`str`, *optional*):
-            Base of the adapters, instead of the one they name.
         questions (`str`, *optional*):
             Questions, jsonl with `question`, and with `documents` unless there is a `corpus`.
-        corpus (`str`, *optional*):
-            Passages, jsonl, from which BM25 retrieves the candidates.
-        dataset_name (`str`, *optional*):
-            Dataset with candidates, instead of `questions`: a Hub id, a `save_to_disk` folder, or a parquet file.
-        dataset_split (`str`, *optional*):
-            Its split.
-        max_questions (`int`, *optional*):
-            Answer the first ones only.
         output_dir (`str`, *optional*, defaults to `"predictions"`):
             Folder of `predictions.jsonl` and `settings.json`. What is there already is not done again.
-        max_candidates (`int`, *optional*):
-            Candidates per question, n, instead of the trained system's.
-        tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Prompt tokens computed at a time; halved where memory runs out.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision.
-        device (`str`, *optional*):
-            Device; the accelerator if there is one.
-        attn_implementation (`str`, *optional*):
-            Attention of transformers.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Load the base in 4 bits (NF4, double quantization).
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that ships with a model.
     """
 
-    model: str = field(metadata={"help": "Run folder or Hub repo with both roles, or the generator alone."})
-    selector: str | None = field(default=None, metadata={"help": "Selector, if it is elsewhere."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's Hub repo."})
-    base_model: str | None = field(default=None, metadata={"help": "Base of the adapters, if not the one they name."})
     questions: str | None = field(
         default=None,
         metadata={"help": "Questions, jsonl with `question`, and with `documents` unless there is a corpus."},
     )
-    corpus: str | None = field(
-        default=None, metadata={"help": "Passages, jsonl, from which BM25 retrieves the candidates."}
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
-    max_questions: int | None = field(default=None, metadata={"help": "Answer the first ones only."})
     output_dir: str = field(
         default="predictions", metadata={"help": "Folder of the answers; what is there is not done again."}
     )
-    max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
-    dtype: str = field(default="auto", metadata={"help": "Precision."})
-    device: str | None = field(default=None, metadata={"help": "Device; the accelerator if there is one."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bits."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that ships with a model."})
 
     def __post_init__(self):
+        if self.model is None:
+            raise ValueError("nothing to answer with: name a run folder or Hub repo, trl-dro predict RUN")
         if (self.questions is None) == (self.dataset_name is None):
             raise ValueError("pass either --questions, with or without --corpus, or --dataset_name")
         if self.corpus is not None and self.questions is None:
@@ -123,7 +76,7 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
     def work(left: list[int]) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
         sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
         pipe = RAGPipeline.from_pretrained(
-            args.model, args.selector, None, args.revision, args.base_model, load_options(args), **sizes
+            str(args.model), args.selector, None, args.revision, args.base_model, args.load_options(), **sizes
         )
         for rows, records in batches(pipe, dataset, left, args.tokens_per_batch):
             questions, documents = ([record[name] for record in records] for name in ("question", "documents"))
@@ -131,7 +84,7 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked["weights"] = weights_stamp(args.model, args.selector)
+    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
     asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
     path = Path(args.output_dir) / PREDICTIONS_FILE
     predictions = complete_rows(path, len(dataset), asked, work, "Answering")

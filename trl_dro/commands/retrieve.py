@@ -21,6 +21,7 @@ from ..retrieval import (
     retrieve_to_folder,
 )
 from ..retrieval.job import print_report, read_report
+from .arguments import CORPUS_HELP
 
 
 RETRIEVERS = ("bm25", "dense", "colbert", "precomputed")
@@ -41,10 +42,7 @@ class RetrieveArguments:
     output_dir: str = field(metadata={"help": "Folder of the dataset; each split is a subfolder."})
     corpus: str | None = field(
         default=None,
-        metadata={
-            "help": "Passages: jsonl, tsv (either may be gz), parquet, Hub id (`id` or `id:config`), or a folder of "
-            "documents to cut into passages. Not for `precomputed`."
-        },
+        metadata={"help": f"{CORPUS_HELP} Not for `precomputed`."},
     )
     split: str = field(default="train", metadata={"help": "Split of the questions, and name of the result."})
     source: str | None = field(

@@ -1,68 +1,50 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""`trl-dro serve`: a trained system over HTTP. The server itself is in `server.py`, whose packages are an extra."""
+"""`trl-dro serve`: a trained system over HTTP, with a page to try it."""
 
+import os
 from dataclasses import dataclass, field
 
 from ..data import read_corpus
 from ..retrieval import BM25Retriever
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from ..system.run_folder import LoadOptions
+from .arguments import CORPUS_HELP, LoadArguments
 
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
-@dataclass
-class ServeArguments(ServerLimits):
+@dataclass(kw_only=True)
+class ServeArguments(ServerLimits, LoadArguments):
     """
-    What `trl-dro serve` serves, and where; see also [`ServerLimits`].
+    What is served, and where; see also [`LoadArguments`] and [`ServerLimits`].
 
     Args:
-        model (`str`):
-            Run folder or Hub repo.
-        selector (`str`, *optional*):
-            Selector, if it is elsewhere.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the Hub repo.
-        base_model (`str`, *optional*):
-            Base of the adapters, instead of the one they name.
         corpus (`str`, *optional*):
-            Passages, jsonl, from which BM25 retrieves where a request has no documents.
+            Passages, as for [`~data.corpus.open_corpus`], from which BM25 retrieves where a request has no documents.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on. The default is reachable from this machine alone.
+            Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
             Port to listen on.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision.
-        device (`str`, *optional*):
-            Device; the accelerator if there is one.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that ships with a model.
     """
 
-    model: str = field(default="", metadata={"help": "Run folder or Hub repo.", "required": True})
-    selector: str | None = field(default=None, metadata={"help": "Selector, if it is elsewhere."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repo."})
-    base_model: str | None = field(default=None, metadata={"help": "Base of the adapters, if not the one they name."})
     corpus: str | None = field(
-        default=None, metadata={"help": "Passages, jsonl, from which BM25 retrieves where a request has no documents."}
+        default=None,
+        metadata={"help": f"{CORPUS_HELP} BM25 retrieves from them where a request has no documents."},
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
-    dtype: str = field(default="auto", metadata={"help": "Precision."})
-    device: str | None = field(default=None, metadata={"help": "Device; the accelerator if there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that ships with a model."})
 
     def __post_init__(self):
         super().__post_init__()
         if not self.model:
-            raise ValueError("nothing to serve: pass --model, a run folder or Hub repo")
+            raise ValueError("nothing to serve: name a run folder or Hub repo, trl-dro serve RUN")
 
 
 def serve(args: ServeArguments) -> None:
     """
-    Loads a system and serves it until the process is stopped.
+    Loads a system and serves it until the process is stopped. If the environment variable `TRL_DRO_API_KEY` is set,
+    requests must send that key.
 
     Args:
         args ([`ServeArguments`]):
@@ -70,19 +52,29 @@ def serve(args: ServeArguments) -> None:
 
     Raises:
         `ImportError`: fastapi or uvicorn is not installed.
-        `ValueError`: the system cannot be loaded.
+        `ValueError`: the address is not of this machine, the port is taken, or the system cannot be loaded.
     """
-    from ..server.app import create_app, uvicorn  # before a model is loaded, as it may not be installed
+    # Before a model is loaded: the packages may not be installed, and the port may be taken.
+    from ..server.app import create_app, listen, loopback_names, server_config, uvicorn
 
+    api_key = os.environ.get(KEY_VARIABLE)
+    if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
+        raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
+    sockets = listen(args.host, args.port)
     retriever = None if args.corpus is None else BM25Retriever(read_corpus(args.corpus))
     pipe = RAGPipeline.from_pretrained(
-        args.model,
+        str(args.model),
         selector=args.selector,
         retriever=retriever,
         revision=args.revision,
         base_model=args.base_model,
-        options=LoadOptions(dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code),
+        options=args.load_options(),
     )
-    limits = ServerLimits(args.max_body_bytes, args.body_timeout, args.max_waiting, args.timeout)
-    app = create_app(pipe, limits, hosts=LOOPBACK if args.host in LOOPBACK else None)
-    uvicorn.run(app, host=args.host, port=args.port, timeout_keep_alive=5, server_header=False)
+    hosts = loopback_names(args.host, sockets)
+    if hosts is None and api_key is None:
+        print(f"anybody who reaches {args.host} may ask: set {KEY_VARIABLE} to a key that requests must send")
+    for each in sockets:
+        address, port = each.getsockname()[:2]
+        print(f"serving on http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops)", flush=True)
+    app = create_app(pipe, args, hosts, api_key)
+    uvicorn.Server(server_config(app, args)).run(sockets)

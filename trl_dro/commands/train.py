@@ -20,7 +20,7 @@ from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
-from .arguments import LaunchArguments
+from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TrainArguments(LaunchArguments):
         eval_questions (`str`, *optional*):
             Evaluation questions, in the same form.
         corpus (`str`, *optional*):
-            Passages, jsonl.
+            Passages, as for [`~data.corpus.open_corpus`].
         max_eval_questions (`int`, *optional*):
             Evaluate on the first ones only.
         selector_model_name_or_path (`str`, *optional*):
@@ -55,7 +55,7 @@ class TrainArguments(LaunchArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."},
+        metadata={"help": DATASET_HELP},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
@@ -63,7 +63,7 @@ class TrainArguments(LaunchArguments):
         default=None, metadata={"help": "Training questions, jsonl with `question` and `answers` or `golden_answers`."}
     )
     eval_questions: str | None = field(default=None, metadata={"help": "Evaluation questions, in the same form."})
-    corpus: str | None = field(default=None, metadata={"help": "Passages, jsonl with `id`, `title` and `text`."})
+    corpus: str | None = field(default=None, metadata={"help": CORPUS_HELP})
     max_eval_questions: int | None = field(default=None, metadata={"help": "Evaluate on the first ones only."})
     selector_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model of the selector, when it is not the generator's."}

@@ -14,11 +14,11 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from ..data.files import load_records
 from ..data.schema import validate_dataset
 from ..demo.tiny import tiny_model_for
-from ..model.permutation import PermutationCodec
+from ..model.codec import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
 from ..model.roles import ROLES
 from ..trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
-from .arguments import LaunchArguments
+from .arguments import DATASET_HELP, LaunchArguments
 
 
 @dataclass(kw_only=True)
@@ -50,9 +50,7 @@ class WarmUpArguments(LaunchArguments):
             Write the examples, count their tokens, and load no weights.
     """
 
-    dataset_name: str = field(
-        metadata={"help": "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."}
-    )
+    dataset_name: str = field(metadata={"help": DATASET_HELP})
     dataset_train_split: str = field(default="train", metadata={"help": "Its split."})
     teacher: str = field(
         default="relevant", metadata={"help": "Whose rankings the selector learns: retriever, relevant, or a file."}

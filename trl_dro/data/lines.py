@@ -103,15 +103,37 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
     Raises:
         `DatasetError`: a row has other columns, the file has none, or it cannot be read, see [`read_lines`].
     """
-    reader = csv.reader((text for _, text in read_lines(path, show_progress)), delimiter="\t")
-    columns = next(reader, [])
+    name = os.fspath(path)
+    columns: list[str] = []
+    read = [0, 0]  # lines and tabs of the row under way
+
+    def lines() -> Iterator[str]:
+        for number, text in read_lines(path, show_progress):
+            read[0] += 1
+            read[1] += text.count("\t")
+            # A quote that is left open would take the rows behind it for text, up to the next quote.
+            if read[0] > 1 and len(columns) > 1 and read[1] >= 2 * (len(columns) - 1):
+                raise DatasetError(
+                    f"{name}, line {number - read[0] + 1}: opens a quote that does not end before line {number}, a "
+                    "row of its own; close it, or write a quote that belongs to a text twice, in a quoted text"
+                )
+            yield text
+
+    reader = csv.reader(lines(), delimiter="\t", strict=True)
     is_empty = True
     while True:
-        where = f"{os.fspath(path)}, line {reader.line_num + 1}"
+        where = f"{name}, line {reader.line_num + 1}"
+        read[:] = [0, 0]
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise DatasetError(f"{where}: cannot be read as tab-separated values ({error}); mend the line") from None
+            raise DatasetError(
+                f"{where}: cannot be read as tab-separated values ({error}); quote a text that begins with a quote, "
+                "and write its own quotes twice"
+            ) from None
+        if not columns and row:
+            columns = row
+            continue
         if row is None:
             break
         if not row:

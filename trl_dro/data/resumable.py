@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .storage import write_whole
+from .storage import alone_in, different, write_whole
 
 
 SETTINGS_FILE = "settings.json"
@@ -45,42 +45,39 @@ def complete_rows(
         `list[dict]`: the results, each with its `row`.
 
     Raises:
-        `ValueError`: the folder holds results of other settings.
+        `ValueError`: the folder holds results of other settings, or another process writes to it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(f".partial{path.suffix}")
-    _claim(path, partial_path, json.loads(json.dumps(settings)))
-    done = {row["row"]: row for row in _whole_lines(path if path.is_file() else partial_path)}
-    left = [row for row in range(num_rows) if row not in done]
-    if left:
-        with (
-            open(partial_path, "a", encoding="utf-8") as file,
-            tqdm(total=num_rows, initial=len(done), desc=description, unit="question") as progress,
-        ):
-            for rows, results in work(left):
-                for row, result in zip(rows, results, strict=True):
-                    done[row] = {"row": row, **result}
-                    file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
-                file.flush()
-                progress.update(len(rows))
-    results = [done[row] for row in range(num_rows)]
-    if not path.is_file():
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
-    partial_path.unlink(missing_ok=True)
+    settings = json.loads(json.dumps(settings))
+    with alone_in(path.parent):
+        results = _whole_lines(path if path.is_file() else partial_path)
+        begun = _is_begun(path.parent, results, settings)
+        done = {row["row"]: row for row in results}
+        left = [row for row in range(num_rows) if row not in done]
+        if left:
+            with (
+                open(partial_path, "a", encoding="utf-8") as file,
+                tqdm(total=num_rows, initial=len(done), desc=description, unit="question") as progress,
+            ):
+                for rows, batch in work(left):
+                    if not begun:  # not before there is a result: an attempt that failed claims nothing
+                        write_json(path.parent / SETTINGS_FILE, settings)
+                        begun = True
+                    for row, result in zip(rows, batch, strict=True):
+                        done[row] = {"row": row, **result}
+                        file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
+                    file.flush()
+                    progress.update(len(rows))
+        results = [done[row] for row in range(num_rows)]
+        if not path.is_file():
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+        partial_path.unlink(missing_ok=True)
     return results
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or not there."""
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def weights_stamp(*names: str | None) -> str | None:
-    """Tells weights in local folders from others that were written to the same folders later."""
-    files = [path for name in names if name and Path(name).is_dir() for path in Path(name).rglob("*.safetensors")]
-    kept = [path for path in sorted(files) if not any(part.startswith("checkpoint-") for part in path.parts)]
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in kept or sorted(files)]
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest() if stamps else None
 
 
 def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
@@ -91,22 +88,17 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _claim(path: Path, partial_path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of new results, or raises if the folder has others."""
-    folder = path.parent
+def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> bool:
+    """Whether the folder has results of these settings already. Raises if it has others."""
+    if not results:
+        return False
     claimed = folder / SETTINGS_FILE
     if not claimed.is_file():
-        if path.exists() or partial_path.exists():
-            raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
-        write_json(claimed, settings)
-        return
+        raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
     before = json.loads(claimed.read_text(encoding="utf-8"))
-    for name in sorted(before.keys() | settings.keys()):
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{folder} holds results with {name}={before.get(name)!r}, not {settings.get(name)!r}: name another "
-                "output_dir, or delete that folder"
-            )
+    if difference := different(before, settings):
+        raise ValueError(f"{folder} holds results with {difference}: name another output_dir, or delete that folder")
+    return True
 
 
 def _whole_lines(path: Path) -> list[Row]:
@@ -118,4 +110,5 @@ def _whole_lines(path: Path) -> list[Row]:
     if len(whole) < len(content):
         with open(path, "rb+") as file:
             file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    # str.splitlines would also split at U+2028 and U+0085, which may stand in a question.
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]

@@ -5,8 +5,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from huggingface_hub.constants import HF_HOME
 logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_DIR = Path(HF_HOME) / "trl_dro"
+LOCK_FILE = ".lock"
+_KEY = re.compile("'[0-9a-f]{32,64}'")  # of content
 
 
 def content_key(*parts: Any) -> str:
@@ -52,6 +55,44 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Holds a folder for this process, so that two never mix their results in it. The lock ends with the process, however
+    that ends. In one process it may be held twice.
+
+    Raises:
+        `ValueError`: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder).resolve() / LOCK_FILE, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is writing to {folder}: wait until it ends or stop it, or name another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, as `name=before, not now`; `None` if none does."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            values = [repr(values.get(name)) for values in (before, now)]
+            if any(_KEY.fullmatch(value) for value in values):
+                return f"another {name.removesuffix('_sha256')}, which has changed since"
+            return f"{name}={_shortened(values[0])}, not {_shortened(values[1])}"
+    return None
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 @contextmanager

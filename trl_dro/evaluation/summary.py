@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Scores of single questions summed up: means with intervals, and a comparison with a baseline."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..data.lines import read_jsonl
 from ..data.schema import DatasetError
 from ..metrics import bootstrap_interval, paired_permutation_test, ranking_measures
 
@@ -94,7 +94,7 @@ def load_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, 
     """
     if not path.is_file():
         raise DatasetError(f"{path} does not exist: the baseline must be the folder of a finished evaluation")
-    others = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    others = [row for _, row in read_jsonl(path)]
     if len(others) != len(rows):
         raise DatasetError(
             f"{path} has {len(others)} questions, not {len(rows)}: evaluate the baseline on the same ones"

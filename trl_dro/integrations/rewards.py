@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from ..data.schema import validate_dataset
-from ..model.permutation import parse_permutation
+from ..model.codec import parse_permutation
 from ..model.rag_model import RAGModel
 from ..model.roles import Role
 from ..system.pipeline import RAGPipeline

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .permutation import PermutationCodec
+from .codec import PermutationCodec
 from .prompts import PromptBuilder, Template
 from .roles import ROLES, Role
 from .shared_prefix import check_layers
@@ -70,7 +70,7 @@ def build_prompts(
     Args:
         tokenizers (`dict[str, PreTrainedTokenizerBase]`):
             Tokenizer of each role.
-        codec ([`~permutation.PermutationCodec`]):
+        codec ([`~codec.PermutationCodec`]):
             Form of permutations, the selector's completions.
         contexts (`dict[str, int]`):
             Longest sequence of each role's model in tokens; `None` for no limit.

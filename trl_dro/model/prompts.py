@@ -4,14 +4,20 @@
 Both roles read the same document block, `[1] title`, newline, `text`, and so on. The tokenizer's chat template is
 used when it has one, plain text otherwise. Documents that do not fit are shortened to a common number of tokens, so
 that none is lost whole.
+
+Texts cannot pass for what stands around them: control tokens in them are text (`control_tokens.py`), and a document
+has no line of its own that could begin another one (`document_body`).
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from .control_tokens import control_tokens, end_token_id, escape_marked, text_ids
 
 
 # The question stands before and after the documents: a causal model reads them knowing what to look for.
@@ -34,6 +40,9 @@ GENERATOR_TEMPLATE = (
 MIN_DOCUMENT_TOKENS = 8
 LEAST_DOCUMENT_TOKENS = 6
 
+# What could pass for the number of a passage where it begins a line.
+_NUMBER = re.compile(r"\s*\[\s*\d")
+
 Template = str | Callable[..., str | list[dict[str, str]]]
 Question = str | list[dict[str, str]]
 
@@ -52,7 +61,8 @@ class PromptBuilder:
         template (`str` or `Callable`):
             Format string with the fields `{question}` and `{documents}`, and any of `{num_documents}`,
             `{num_selected}`, `{format}` (the shape of a permutation, `[id] > [id]`); or a function that takes these
-            as keyword arguments and returns the text of the user's message or a list of chat messages.
+            as keyword arguments and returns the text of the user's message or a list of chat messages. What would be
+            read as a control token in question and documents has a `MARK` before it, which is to stay there.
         num_selected (`int`):
             Number of documents in a permutation, K.
         max_length (`int`, *optional*):
@@ -104,9 +114,13 @@ class PromptBuilder:
     def write(self, question: Question, documents: Sequence[dict[str, Any]]) -> str | list[dict[str, str]]:
         """
         The prompt of [`~PromptBuilder.__call__`] as trainers and servers take it, who encode it themselves: chat
-        messages if the tokenizer has a chat template, else a text.
+        messages if the tokenizer has a chat template, else a text. As they would read control tokens in the texts, a
+        space breaks these.
         """
-        return self._fit(question, documents)[0]
+        prompt = self._fit(question, documents)[0]
+        if isinstance(prompt, str):
+            return escape_marked(prompt)
+        return [{**message, "content": escape_marked(message["content"])} for message in prompt]
 
     def _fit(
         self, question: Question, documents: Sequence[dict[str, Any]]
@@ -151,7 +165,7 @@ class PromptBuilder:
         if not bodies:  # no documents, to see what a model answers without
             return {"input_ids": [], "offset_mapping": []}
         # Only the "fast" tokenizers know where in the text a token ends.
-        return self.tokenizer(
+        return control_tokens(self.tokenizer).tokenizer_for(bodies)(
             bodies, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
         )
 
@@ -169,9 +183,10 @@ class PromptBuilder:
         return truncated
 
     def _write(self, question: Question, bodies: list[str]) -> str | list[dict[str, str]]:
+        mark = control_tokens(self.tokenizer).mark
         fields = {
-            "question": question_text(question),
-            "documents": "\n".join(f"[{i}] {body}" for i, body in enumerate(bodies, start=1)),
+            "question": mark(question_text(question)),
+            "documents": "\n".join(f"[{i}] {mark(body)}" for i, body in enumerate(bodies, start=1)),
             "num_documents": len(bodies),
             "num_selected": self.num_selected,
             "format": " > ".join(["[id]"] * self.num_selected),
@@ -182,13 +197,13 @@ class PromptBuilder:
         return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
     def _encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        controls = control_tokens(self.tokenizer)
         if not isinstance(prompt, str):
-            return list(
-                self.tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **self.chat_template_kwargs
-                )
+            text = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
             )
-        ids = list(self.tokenizer(prompt, verbose=False).input_ids)
+            return controls.prompt_ids(str(text), add_special_tokens=False)
+        ids = controls.prompt_ids(prompt, add_special_tokens=True)
         # Some tokenizers close every text with eos, which would end the prompt before the completion.
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
@@ -228,10 +243,10 @@ def check_lengths(
     for batch in dataset.select_columns(["question", "answers"]).iter(batch_size=1000):
         questions = [question_text(question) for question in batch["question"]]
         for i, (builder, _) in enumerate(builders):
-            question_lengths = [len(ids) for ids in builder.tokenizer(questions, verbose=False).input_ids]
+            question_lengths = [len(ids) for ids in text_ids(builder.tokenizer, questions)]
             longest[i] = max(longest[i], *zip(question_lengths, range(row, row + len(questions)), strict=True))
         targets = [answers if all_answers else answers[:1] for answers in batch["answers"]]
-        flat = tokenizer([answer for answers in targets for answer in answers], add_special_tokens=False).input_ids
+        flat = text_ids(tokenizer, [answer for answers in targets for answer in answers])
         lengths = iter(len(ids) for ids in flat)
         for answers in targets:
             for position, length in enumerate(itertools.islice(lengths, len(answers))):
@@ -273,14 +288,29 @@ def render(template: Template, fields: dict[str, Any]) -> str | list[dict[str, s
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of an answer and its end, encoded apart from the prompt so that no token spans both."""
-    return [*tokenizer(answer, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+    """
+    Token ids of an answer and of the end of the model's turn, see [`~control_tokens.end_token_id`], encoded apart from
+    the prompt so that no token spans both.
+    """
+    return [*control_tokens(tokenizer).text_ids(answer), end_token_id(tokenizer)]
 
 
 def document_body(document: dict[str, Any]) -> str:
-    """Title, newline, text; the text alone when there is no title."""
-    title = document.get("title")
-    return f"{title}\n{document['text']}" if title else document["text"]
+    """
+    Title, newline, text; the text alone when there is no title.
+
+    Title and text are a line each: line breaks in them become spaces. A text that begins like the number of a passage,
+    `[3]`, stays on the line of its title. So a line that begins with a number begins a passage, whatever they say.
+    """
+    title, text = (_one_line(document.get(key) or "") for key in ("title", "text"))
+    if not title:
+        return text
+    return f"{title}{' ' if _NUMBER.match(text) else chr(10)}{text}"
+
+
+def _one_line(text: str) -> str:
+    lines = text.splitlines()  # at every line break of Unicode
+    return text if lines == [text] else " ".join(line.strip() for line in lines if line.strip())
 
 
 def question_text(question: Question) -> str:

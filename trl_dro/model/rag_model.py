@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .codec import PermutationCodec
+from .control_tokens import end_token_id
 from .likelihood import CompletionLogits, completion_logps, pad_rows
-from .permutation import (
-    PermutationCodec,
-    PermutationSamples,
-    SelectorLikelihood,
-    permutation_logps,
-    sample_permutations,
-    unique_permutations,
-)
+from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
+from .sampling import PermutationSamples, sample_permutations
 from .shared_prefix import PackedModel, ReadPrompts, TokenCount, share_prefixes
 
 
@@ -32,7 +28,8 @@ class RAGModel:
     r"""
     Selector \\( p(z \mid x) \\) and generator \\( p(y \mid x, d_z) \\) over batches of questions.
 
-    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1.
+    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1. They
+    stand in the retriever's order, or the question says under `retrieval_ranks` which place in it each has, from 1.
 
     Args:
         roles ([`~roles.Roles`]):
@@ -41,12 +38,14 @@ class RAGModel:
             Tokenizer of each role.
         prompts (`dict[str, PromptBuilder]`):
             Prompt builder of each role.
-        codec ([`~permutation.PermutationCodec`]):
+        codec ([`~codec.PermutationCodec`]):
             Form in which the selector writes permutations.
         device (`torch.device`):
             Device of the models.
         max_tokens (`int`, *optional*):
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
+        retriever_prior (`float`, *optional*, defaults to `0.0`):
+            Strength of the retriever's prior, see [`~permutation.retriever_logits`].
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class RAGModel:
         codec: PermutationCodec,
         device: torch.device,
         max_tokens: int | None = None,
+        retriever_prior: float = 0.0,
     ):
         self.roles = roles
         self.tokenizers = tokenizers
@@ -64,6 +64,7 @@ class RAGModel:
         self.codec = codec
         self.device = device
         self.max_tokens = max_tokens
+        self.retriever_prior = retriever_prior
         self.count = TokenCount()
 
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
@@ -95,7 +96,7 @@ class RAGModel:
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~permutation.sample_permutations`].
+        Permutations drawn from the selector, see [`~sampling.sample_permutations`].
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -114,7 +115,7 @@ class RAGModel:
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
 
         Returns:
-            [`~permutation.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
+            [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
 
         Raises:
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
@@ -135,6 +136,7 @@ class RAGModel:
                     top_p,
                     greedy,
                     [seeds[row] for row in rows],
+                    [self.document_logits(question) for question in chosen],
                 )
             return [PermutationSamples(*tensors) for tensors in zip(*samples, strict=True)]
 
@@ -190,11 +192,19 @@ class RAGModel:
 
             permutations = [z for row in rows for z in groups[row]]
             sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
-            logps = permutation_logps(complete, self.codec, permutations, sizes, likelihood)
+            priors = [self.document_logits(questions[row]) for row in rows for _ in groups[row]]
+            logps = permutation_logps(complete, self.codec, permutations, sizes, likelihood, priors)
             return logps.split([len(groups[row]) for row in rows])
 
         lengths = [len(p) + len(group) * self.codec.max_length for p, group in zip(prompts, groups, strict=True)]
         return torch.cat(self._in_chunks(score, lengths))[inverse]
+
+    def document_logits(self, question: dict[str, Any]) -> list[float] | None:
+        """Prior of each document of a question, see [`~permutation.retriever_logits`]; `None` if there is none."""
+        if self.retriever_prior == 0:
+            return None
+        ranks = question.get("retrieval_ranks") or range(1, len(question["documents"]) + 1)
+        return retriever_logits(ranks, self.retriever_prior)
 
     def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
         """
@@ -289,6 +299,7 @@ class RAGModel:
         permutations: Tensor,
         max_answer_length: int,
         streamer: BaseStreamer | None = None,
+        watch: Callable[[int, str], bool] | None = None,
     ) -> list[str]:
         """
         Greedy answers from the selected documents.
@@ -302,6 +313,9 @@ class RAGModel:
                 Tokens to generate at most.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Receives the tokens of a single question's answer while they are written.
+            watch (`Callable`, *optional*):
+                Called after every token with each question's place and its answer as far as it is written; where it
+                returns `True` that answer ends there. If memory runs out it is called for the same tokens again.
 
         Returns:
             `list[str]`: stripped texts without special tokens.
@@ -313,19 +327,31 @@ class RAGModel:
         ]
         model: Any = self.roles.module("generator")
         declared = model.generation_config.eos_token_id
-        end_tokens = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+        end = end_token_id(tokenizer)
+        ends = {tokenizer.eos_token_id, end}
+        ends |= {declared} if isinstance(declared, int) else set(declared or [])
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(end_tokens),
+            eos_token_id=sorted(ends),
         )
+
+        def texts_of(generated: Tensor) -> list[str]:
+            # The end of a turn need not be declared special.
+            written = [[token for token in row if token != end] for row in generated.tolist()]
+            return tokenizer.batch_decode(written, skip_special_tokens=True)
 
         def generate(rows: list[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
-            generated = model.generate(input_ids=input_ids, attention_mask=mask.long(), streamer=streamer)
-            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+            watched = None
+            if watch is not None:
+                watched = StoppingCriteriaList([_Watched(watch, rows, texts_of, input_ids.shape[1])])
+            generated = model.generate(
+                input_ids=input_ids, attention_mask=mask.long(), streamer=streamer, stopping_criteria=watched
+            )
+            texts = texts_of(generated[:, input_ids.shape[1] :])
             return [text.strip() for text in texts]
 
         with _generation_config(model, greedy):
@@ -387,6 +413,28 @@ class RAGModel:
         channels = config.num_hidden_layers * config.num_attention_heads * head_dim
         width = max(lengths)
         return len(lengths) * width * (2 * base.num_parameters(exclude_embeddings=True) + 4 * channels * width)
+
+
+class _Watched(StoppingCriteria):
+    """Shows each row's text to `watch`, which decides whether the row goes on."""
+
+    def __init__(
+        self,
+        watch: Callable[[int, str], bool],
+        rows: list[int],
+        texts_of: Callable[[Tensor], list[str]],
+        start: int,
+    ):
+        self.watch = watch
+        self.rows = rows
+        self.texts_of = texts_of
+        self.start = start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.texts_of(input_ids[:, self.start :])
+        # A character may take several tokens, the first of which show as U+FFFD.
+        stop = [self.watch(row, text.rstrip("\ufffd").strip()) for row, text in zip(self.rows, texts, strict=True)]
+        return torch.tensor(stop, device=input_ids.device)
 
 
 def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:

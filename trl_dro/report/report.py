@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.lines import read_jsonl
 from ..data.storage import write_whole
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..system.rag_config import CONFIG_FILE, RAGConfig
@@ -131,8 +132,7 @@ def _read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
             )
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        lines = (folder / QUESTIONS_FILE).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = [row for _, row in read_jsonl(folder / QUESTIONS_FILE)]
         if not rows or any("outcome" not in row for row in rows) or "metrics" not in summary:
             raise ValueError("fields are missing")
     except (ValueError, TypeError) as error:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -161,6 +162,8 @@ class BM25Retriever:
         # Lucene's inverse document frequency, which is bm25s's default.
         idf = np.log(1 + (len(corpus) - frequencies + 0.5) / (frequencies + 0.5))
 
+        for leftover in folder.glob("shard-*"):  # of a build that was killed, maybe with another size
+            shutil.rmtree(leftover)
         for number, path in enumerate(paths):
             with np.load(path) as counts:
                 self._scored(counts, idf, num_words / len(corpus)).save(folder / f"shard-{number:05d}")

@@ -1,33 +1,39 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A small HTTP server around a pipeline: answers, streamed answers, and a page to try them."""
 
-import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.schema import DatasetError
-from ..model.prompts import PromptTooLongError
-from ..server.limits import ServerLimits
-from ..system.pipeline import RAGPipeline
+from ..data.schema import DatasetError, check_documents, check_question
+from ..system.pipeline import RAGOutput, RAGPipeline
+from .limits import ServerLimits
+from .worker import REQUEST_ERRORS, Late, Left, Overloaded, Worker
 
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-    from pydantic import BaseModel, ConfigDict
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-except ImportError:
-    raise ImportError("the server needs fastapi and uvicorn: pip install 'trl_dro[serve]'") from None
+    from fastapi import FastAPI, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["BodyLimits", "Worker", "create_app", "uvicorn"]
+    from .connections import listen, loopback_names, server_config
+    from .guards import ApiKey, BodyLimits, KnownHosts
+    from .metrics import Measured, Metrics
+except ImportError:
+    raise ImportError(
+        "the server needs fastapi, uvicorn and prometheus_client: pip install 'trl_dro[serve]'"
+    ) from None
+
+__all__ = ["create_app", "listen", "loopback_names", "server_config", "uvicorn"]
+
+logger = logging.getLogger(__name__)
 
 
 class DocumentIn(BaseModel):
@@ -56,7 +62,12 @@ class QuestionIn(BaseModel):
     documents: list[DocumentIn | str] | None = None
 
 
-def create_app(pipe: RAGPipeline, limits: ServerLimits | None = None, hosts: tuple[str, ...] | None = None) -> FastAPI:
+def create_app(
+    pipe: RAGPipeline,
+    limits: ServerLimits | None = None,
+    hosts: Collection[str] | None = None,
+    api_key: str | None = None,
+) -> FastAPI:
     """
     The server as an ASGI application.
 
@@ -64,214 +75,174 @@ def create_app(pipe: RAGPipeline, limits: ServerLimits | None = None, hosts: tup
     | --- | --- |
     | `POST /answer` with `{question, documents}` | `{answer, documents: [{id, title, text, position, probability}]}` |
     | `POST /stream` with the same | lines of JSON: `{documents}`, then `{text}` for each piece of the answer |
-    | `GET /health` | `{status, waiting}` |
+    | `GET /health` | `{status, waiting, last_error}`; 503 if the server must be restarted |
+    | `GET /ready` | the same; 503 if a request would not be answered now |
+    | `GET /metrics` | counters, for Prometheus |
     | `GET /` | a page to try it |
 
-    What is wrong with a request is answered in one line, `{detail}`, with 422 for its content, 413 and 408 for its
-    body, 503 when too many wait and 504 when its answer took too long.
+    What is wrong with a request is answered in one line, `{detail}`, with 422 for its content, 400 for its host, 401
+    for its key, 413 and 408 for its body, 503 when too many wait and 504 when its answer took too long. A stream that
+    has begun ends with the line `{error}` instead. A request whose client leaves is dropped, wherever it is.
 
     Args:
         pipe ([`~pipeline.RAGPipeline`]):
             The system.
         limits ([`ServerLimits`], *optional*):
-            Limits of requests.
-        hosts (`tuple[str]`, *optional*):
-            Names by which the server may be called; any by default. A server on the loopback address should name
-            those of that address, or a web page that its user visits could call it by another.
+            Limits of requests. Those of connections are kept by [`~connections.server_config`].
+        hosts (`Collection[str]`, *optional*):
+            Names by which the server may be called, lower case; any by default. A server on the loopback address
+            should name those of that address, or a web page that its user visits could call it by another.
+        api_key (`str`, *optional*):
+            Key that requests must send, as `Authorization: Bearer KEY`.
 
     Returns:
         [`~fastapi.FastAPI`]
     """
     limits = limits or ServerLimits()
-    worker = Worker(limits)
+    worker = Worker(pipe, limits)
+    metrics = Metrics(worker)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.thread.shutdown(cancel_futures=True)
+        worker.close()
 
-    app = FastAPI(title="trl_dro", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="trl_dro", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    _add_pages(app, worker, metrics)
+
+    @app.post("/answer")
+    async def answer(request: Request) -> Response:
+        outputs = _outputs(worker, pipe, request, await request.body(), streamed=False)
+        try:
+            return JSONResponse(asdict([output async for output in outputs][-1]))
+        except Exception as error:
+            return _failure(error, metrics)
+
+    @app.post("/stream")
+    async def stream(request: Request) -> Response:
+        lines = _lines(_outputs(worker, pipe, request, await request.body(), streamed=True))
+        try:
+            first = await anext(lines)  # errors of the request still have a status of their own
+        except Exception as error:
+            return _failure(error, metrics)
+
+        async def rest() -> AsyncIterator[str]:
+            async with aclosing(lines):
+                yield first
+                try:
+                    async for line in lines:
+                        yield line
+                except Exception as error:
+                    yield json.dumps({"error": _status_and_detail(error, metrics)[1]}) + "\n"
+
+        return StreamingResponse(rest(), media_type="application/x-ndjson")
+
+    app.add_middleware(BodyLimits, limits=limits)
+    if api_key is not None:
+        app.add_middleware(ApiKey, key=api_key, open_paths=("/", "/health", "/ready"))
+    if hosts is not None:
+        app.add_middleware(KnownHosts, hosts=hosts)
+    app.add_middleware(Measured, metrics=metrics)
+    return app
+
+
+def _add_pages(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
+    """What is read and not asked."""
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
+    def state(ok: Collection[str]) -> Response:
+        status = worker.status
+        report: dict[str, Any] = {"status": status, "waiting": worker.waiting, "last_error": None}
+        if worker.last_error is not None:
+            error, when = worker.last_error
+            report["last_error"] = {"type": error, "seconds_ago": round(time.monotonic() - when)}
+        return JSONResponse(report, 200 if status in ok else 503)
+
     @app.get("/")
-    async def show_page() -> HTMLResponse:
+    async def show_page() -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": worker.waiting}
+    async def health() -> Response:
+        return state(ok=("ok", "overloaded", "failing", "closing"))
 
-    @app.post("/answer")
-    async def answer(request: QuestionIn) -> dict[str, Any]:
-        output = await worker.result(lambda: pipe(*_arguments(request)))
-        return asdict(output)
+    @app.get("/ready")
+    async def ready() -> Response:
+        return state(ok=("ok",))
 
-    @app.post("/stream")
-    async def stream(request: QuestionIn) -> StreamingResponse:
-        lines = worker.stream(lambda: _lines(pipe, request))
-        first = await anext(lines)  # errors of the request still have a status of their own
-
-        async def rest() -> AsyncIterator[str]:
-            yield first
-            async for line in lines:
-                yield line
-
-        return StreamingResponse(rest(), media_type="application/x-ndjson")
-
-    @app.exception_handler(DatasetError)
-    @app.exception_handler(PromptTooLongError)
-    async def wrong_content(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=422)
-
-    app.add_middleware(BodyLimits, limits=limits)
-    if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return app
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _arguments(request: QuestionIn) -> tuple[Any, Any]:
-    content = request.model_dump()
-    return content["question"], content["documents"]
+async def _gone(request: Request) -> None:
+    """Returns when the client has."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
-def _lines(pipe: RAGPipeline, request: QuestionIn):
-    """Lines of a streamed answer."""
-    documents, pieces = pipe.stream(*_arguments(request))
-    yield json.dumps({"documents": [asdict(document) for document in documents]}) + "\n"
-    for piece in pieces:
-        if piece:
-            yield json.dumps({"text": piece}) + "\n"
+async def _outputs(
+    worker: Worker, pipe: RAGPipeline, request: Request, body: bytes, streamed: bool
+) -> AsyncGenerator[RAGOutput, None]:
+    """Outputs of a request whose content is right. Raises what [`~Worker.outputs`] raises, or a `DatasetError`."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # Which a web page cannot send to another server than its own without asking first.
+        raise DatasetError("the body must be JSON: send the header Content-Type: application/json")
+    try:
+        content = QuestionIn.model_validate_json(body).model_dump()
+    except ValidationError as error:
+        raise DatasetError(_one_line(error)) from None
+    # Here, where a mistake costs nobody else anything.
+    check_question(content["question"], "the request")
+    documents = content["documents"]
+    if documents is None and pipe.retriever is None:
+        raise DatasetError(
+            "there are no documents to answer from, and no corpus to retrieve them from: pass documents"
+        )
+    if documents is not None:
+        documents = [{"text": each} if isinstance(each, str) else each for each in documents]
+        check_documents(documents[: pipe.config.max_candidates], "the request", num_selected=1)
+    async with aclosing(worker.outputs(content["question"], documents, streamed, _gone(request))) as outputs:
+        async for output in outputs:
+            yield output
 
 
-class Worker:
-    """
-    One thread that answers one request at a time, in the order in which they came.
-
-    Args:
-        limits ([`ServerLimits`]):
-            How many may wait, and how long.
-    """
-
-    def __init__(self, limits: ServerLimits):
-        self.limits = limits
-        self.waiting = 0
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipeline")
-
-    async def result(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns. Raises `HTTPException` with 503 or 504 if it has to wait too long."""
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._begin(work)), self.limits.timeout)
-        except TimeoutError:
-            raise HTTPException(504, f"no answer within {self.limits.timeout:g} seconds") from None
-
-    async def stream(self, work: Callable[[], Any]) -> AsyncIterator[str]:
-        """
-        What the generator that `work` returns yields. It is closed when nobody reads any more. Raises `HTTPException`
-        with 503 or 504 if it has to wait too long.
-        """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        end = object()
-        closed = False
-
-        def produce() -> None:
-            pieces = work()
-            try:
-                for piece in pieces:
-                    if closed:
-                        return
-                    loop.call_soon_threadsafe(queue.put_nowait, piece)
-                loop.call_soon_threadsafe(queue.put_nowait, end)
-            except Exception as error:
-                loop.call_soon_threadsafe(queue.put_nowait, error)
-            finally:
-                pieces.close()
-
-        deadline = loop.time() + self.limits.timeout
-        future = self._begin(produce)
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            while (piece := await asyncio.wait_for(queue.get(), max(0.0, deadline - loop.time()))) is not end:
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-        except TimeoutError:
-            raise HTTPException(504, f"no answer within {self.limits.timeout:g} seconds") from None
-        finally:
-            closed = True
-
-    def _begin(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
-        if self.waiting >= self.limits.max_waiting:
-            raise HTTPException(503, f"{self.waiting} requests are waiting: try again", {"Retry-After": "1"})
-        deadline = time.monotonic() + self.limits.timeout
-
-        def in_time() -> Any:
-            # Whoever asked has had a 504 by now.
-            return work() if time.monotonic() < deadline else None
-
-        def finish(done: asyncio.Future[Any]) -> None:
-            self.waiting -= 1
-            if not done.cancelled():
-                done.exception()  # looked at, if only here, or asyncio complains
-
-        self.waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(self.thread, in_time)
-        future.add_done_callback(finish)
-        return future
+async def _lines(outputs: AsyncGenerator[RAGOutput, None]) -> AsyncGenerator[str, None]:
+    """Lines of a streamed answer: its documents, and what each output adds to the text of those before."""
+    sent: str | None = None
+    async with aclosing(outputs):
+        async for output in outputs:
+            if sent is None:
+                documents = [asdict(document) for document in output.documents]
+                yield json.dumps({"documents": documents}, allow_nan=False) + "\n"
+                sent = ""
+            if len(output.answer) > len(sent):
+                yield json.dumps({"text": output.answer[len(sent) :]}) + "\n"
+                sent = output.answer
 
 
-class BodyLimits:
-    """
-    Reads the body of a request before the application does, up to a size and a time.
+def _one_line(error: ValidationError) -> str:
+    """The first mistake and its place. The value is left out: it can be of any length, and not be JSON."""
+    mistake = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in mistake["loc"]).lstrip(".")
+    return f"{place}: {mistake['msg']}" if place else mistake["msg"]
 
-    Args:
-        app (`Callable`):
-            ASGI application.
-        limits ([`ServerLimits`]):
-            Size and time.
-    """
 
-    def __init__(self, app: ASGIApp, limits: ServerLimits):
-        self.app = app
-        self.limits = limits
+def _status_and_detail(error: Exception, metrics: Metrics) -> tuple[int, str]:
+    if isinstance(error, REQUEST_ERRORS):
+        return 422, " ".join(str(error).split())
+    if isinstance(error, Overloaded):
+        return 503, str(error)
+    if isinstance(error, Late):
+        return 504, str(error)
+    if isinstance(error, Left):
+        metrics.left.inc()
+        return 499, "the client has left"  # for the counters: nobody reads it
+    logger.error("a request failed", exc_info=error)
+    return 500, "an error inside the server, which its log tells"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        try:
-            body = await asyncio.wait_for(self._read(scope, receive), self.limits.body_timeout)
-        except TimeoutError:
-            reply = JSONResponse({"detail": "the body did not arrive in time"}, 408, {"Connection": "close"})
-            return await reply(scope, receive, send)
-        if body is None:
-            detail = f"the body has more than {self.limits.max_body_bytes} bytes"
-            return await JSONResponse({"detail": detail}, 413, {"Connection": "close"})(scope, receive, send)
-        sent = False
 
-        async def replay() -> Message:
-            nonlocal sent
-            if sent:
-                return await receive()  # which tells when the client has gone
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        return await self.app(scope, replay, send)
-
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """
-        The body, or `None` if it is too long. Some of what is too much is read all the same: a client that is still
-        sending would not see the reply.
-        """
-        declared = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has checked that it is a number
-        size = 0
-        parts: list[bytes] = []
-        while True:
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size <= self.limits.max_body_bytes:
-                parts.append(message.get("body", b""))
-            if size > 10 * self.limits.max_body_bytes or declared > 10 * self.limits.max_body_bytes:
-                return None
-            if not message.get("more_body"):
-                return b"".join(parts) if size <= self.limits.max_body_bytes else None
+def _failure(error: Exception, metrics: Metrics) -> Response:
+    status, detail = _status_and_detail(error, metrics)
+    return JSONResponse({"detail": detail}, status, {"Retry-After": "1"} if status == 503 else None)

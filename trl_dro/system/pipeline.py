@@ -2,8 +2,9 @@
 """A question and its candidate documents in, the selected documents and an answer out."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -60,6 +61,10 @@ class RAGOutput:
 
     answer: str
     documents: list[SelectedDocument]
+
+
+# Sees a question's place and its output so far; returns whether to leave it there.
+Watch = Callable[[int, RAGOutput], bool]
 
 
 class RAGStream(NamedTuple):
@@ -168,6 +173,7 @@ class RAGPipeline:
         documents: Sequence[Document | str] | None = ...,
         retriever: Retriever | None = ...,
         batch_size: int = ...,
+        watch: Watch | None = ...,
     ) -> RAGOutput: ...
 
     @overload
@@ -177,9 +183,10 @@ class RAGPipeline:
         documents: Sequence[Any] | None = ...,
         retriever: Retriever | None = ...,
         batch_size: int = ...,
+        watch: Watch | None = ...,
     ) -> Any: ...
 
-    def __call__(self, question, documents=None, retriever=None, batch_size=8):
+    def __call__(self, question, documents=None, retriever=None, batch_size=8, watch=None):
         """
         Selects documents and answers from them.
 
@@ -188,11 +195,14 @@ class RAGPipeline:
                 A question, a dialogue (`{role, content}` messages that end with the user's), or several of them.
             documents (`list[dict]` or `list[str]`, or one such list per question, *optional*):
                 Candidates in retrieval order, with `text` and optionally `id` and `title`. The first
-                `config.max_candidates` are looked at.
+                `config.max_candidates` are looked at. Among several lists, `None` stands for what the retriever finds.
             retriever (`Retriever`, *optional*):
                 Finds the candidates where no documents are given; by default the pipeline's own.
             batch_size (`int`, *optional*, defaults to `8`):
                 Questions per forward.
+            watch (`Callable`, *optional*):
+                Called with a question's place and its [`RAGOutput`] so far, when its documents are selected and after
+                every token of its answer; where it returns `True`, that question is left unfinished.
 
         Returns:
             [`RAGOutput`], or a list of them for several questions.
@@ -207,8 +217,9 @@ class RAGPipeline:
         records = self._records(questions, candidates, retriever or self.retriever)
         outputs: list[RAGOutput] = []
         for start in range(0, len(records), batch_size):
+            seen = None if watch is None else partial(_watch_from, watch, start)
             with self._lock:
-                outputs += self._answer(records[start : start + batch_size])
+                outputs += self._answer(records[start : start + batch_size], seen)
         return outputs if several else outputs[0]
 
     def select(
@@ -261,6 +272,7 @@ class RAGPipeline:
                 "this pipeline was not loaded by from_pretrained, so its weights are not on disk: save it"
             )
         export_merged(self.sources[role], folder, LoadOptions(token=(self.options or LoadOptions()).token))
+        self.config.save(folder)  # as it is asked here, which may differ from how it was trained
 
     def _records(
         self, questions: Sequence[Any], documents: Sequence[Any] | None, retriever: Retriever | None
@@ -268,11 +280,13 @@ class RAGPipeline:
         """Checked questions with their candidates."""
         for i, question in enumerate(questions):
             check_question(question, f"question {i}")
-        if documents is None:
+        documents = [None] * len(questions) if documents is None else list(documents)
+        if missing := [i for i, candidates in enumerate(documents) if candidates is None and i < len(questions)]:
             if retriever is None:
                 raise DatasetError("there are no documents to answer from: pass documents=… or retriever=…")
-            queries = [question_text(question) for question in questions]
-            documents = retriever.search(queries, self.config.max_candidates)
+            queries = [question_text(questions[i]) for i in missing]
+            for i, found in zip(missing, retriever.search(queries, self.config.max_candidates), strict=True):
+                documents[i] = found
         if len(documents) != len(questions):
             raise DatasetError(
                 f"{len(questions)} questions have {len(documents)} lists of documents: pass one list for each"
@@ -318,15 +332,20 @@ class RAGPipeline:
                 ]
         return selections
 
-    def _answer(self, records: list[dict[str, Any]]) -> list[RAGOutput]:
-        selections = self._select(records)
-        outputs: list[RAGOutput | None] = [None] * len(records)
-        for rag, rows in self._groups(records):
-            permutations = torch.tensor([[document.position for document in selections[row]] for row in rows])
-            answers = rag.answer([records[row] for row in rows], permutations, self.config.max_answer_length)
+    def _answer(self, records: list[dict[str, Any]], watch: Watch | None = None) -> list[RAGOutput]:
+        outputs = [RAGOutput("", selection) for selection in self._select(records)]
+        left = set() if watch is None else {row for row, output in enumerate(outputs) if watch(row, output)}
+        for rag, group in self._groups(records):
+            rows = [row for row in group if row not in left]
+            if not rows:
+                continue
+            permutations = torch.tensor([[document.position for document in outputs[row].documents] for row in rows])
+            seen = None if watch is None else partial(_watch_answers, watch, rows, outputs)
+            length = self.config.max_answer_length
+            answers = rag.answer([records[row] for row in rows], permutations, length, watch=seen)
             for row, answer in zip(rows, answers, strict=True):
-                outputs[row] = RAGOutput(answer, selections[row])
-        return [output for output in outputs if output is not None]
+                outputs[row] = RAGOutput(answer, outputs[row].documents)
+        return outputs
 
     def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
         rag = self._rag_for(record)
@@ -352,6 +371,16 @@ class RAGPipeline:
             finally:
                 streamer.closed = True
                 thread.join()
+
+
+def _watch_from(watch: Watch, start: int, row: int, output: RAGOutput) -> bool:
+    """`watch` for a batch of questions of which the first is at place `start`."""
+    return watch(start + row, output)
+
+
+def _watch_answers(watch: Watch, rows: list[int], outputs: list[RAGOutput], i: int, answer: str) -> bool:
+    """`watch` for the answers of the questions at the places `rows`."""
+    return watch(rows[i], RAGOutput(answer, outputs[rows[i]].documents))
 
 
 class _Closed(Exception):
@@ -391,7 +420,7 @@ def choice_probabilities(
         `list[list[float]]` of shape `(B, K)`
     """
     written = [
-        rag.codec.encode(permutation, len(question["documents"]))
+        rag.codec.encode(permutation, len(question["documents"]), rag.document_logits(question))
         for question, permutation in zip(questions, permutations, strict=True)
     ]
     completion = rag.written_logits([tokens for tokens, _ in written], rag.read(questions) if read is None else read)
@@ -402,9 +431,10 @@ def choice_probabilities(
         ends = torch.tensor(lengths).cumsum(0)  # first token after each id and its separator
         logps = torch.zeros(len(permutation))
         for branch in branches:
-            logits = completion.logits[start + branch.position, branch.allowed].float()
+            logits = completion.logits[start + branch.position, branch.allowed].float().cpu()
+            logits = logits + torch.tensor(branch.prior)
             choice = int(torch.searchsorted(ends, branch.position, right=True))
-            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen].cpu()
+            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen]
         probabilities.append(logps.exp().tolist())
         start += len(tokens)
     return probabilities

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.storage import write_whole
+from ..model.codec import PermutationCodec
 from ..model.loading import build_prompts
-from ..model.permutation import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template
 from ..model.roles import Role
 
@@ -30,6 +30,8 @@ class RAGConfig:
             Documents in a permutation, K.
         max_candidates (`int`, *optional*, defaults to `20`):
             Candidates shown to the selector, n: the first ones in retrieval order.
+        retriever_prior (`float`, *optional*, defaults to `0.0`):
+            Say of the retriever's ranking in the selector's choices.
         selector_template (`str` or `Callable`):
             Selector prompt.
         generator_template (`str` or `Callable`):
@@ -46,6 +48,7 @@ class RAGConfig:
 
     num_selected: int = 5
     max_candidates: int = 20
+    retriever_prior: float = 0.0
     selector_template: Template = SELECTOR_TEMPLATE
     generator_template: Template = GENERATOR_TEMPLATE
     max_prompt_length: int | None = None

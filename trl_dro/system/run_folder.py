@@ -2,11 +2,14 @@
 """What a trained system leaves in a folder or on the Hub, and how it becomes a model again.
 
 A run folder has `selector/` and `generator/`, each an adapter or a full model with its tokenizer, `rag_config.json`
-with what the prompts were made of, and `base/` if the base model has no place of its own to be loaded from.
+with what the prompts were made of, and `base/` if the base model has no place of its own to be loaded from: then the
+adapters name no base, and only then a folder of that name is one.
 """
 
 import json
 import os
+import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +26,12 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.lines import first_line
+from ..data.storage import content_key, file_key
+from ..model.codec import PermutationCodec
 from ..model.loading import longest_sequence, prepare_tokenizer
-from ..model.permutation import PermutationCodec
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
 from .rag_config import CONFIG_FILE, RAGConfig
@@ -116,16 +121,70 @@ def find_role(
     settings = json.loads(adapter.read_text(encoding="utf-8"))
     if base_model is not None:
         return RoleSource(str(role_folder), base_model, config=config)
-    for own in (role_folder / BASE_FOLDER, folder / BASE_FOLDER, folder.parent / BASE_FOLDER):
-        if own.is_dir():
-            return RoleSource(str(role_folder), str(own), config=config)
     base = settings.get("base_model_name_or_path")
+    if not base and (own := _own_base(folder, role)):
+        return RoleSource(str(role_folder), str(own), config=config)
     if not base or (os.path.isabs(base) and not os.path.isdir(base)):
         raise ValueError(
             f"the adapter in {role_folder} was trained on a model that is not here ({base or 'unnamed'}): "
             "pass its folder or Hub id as base_model"
         )
     return RoleSource(str(role_folder), base, settings.get("revision"), config)
+
+
+def _own_base(folder: Path, role: Role) -> Path | None:
+    """
+    The base that a run keeps because it has no place of its own: its adapters name none. Another folder of that name,
+    beside the run, is nobody's base.
+    """
+    runs = [folder.resolve()]
+    if runs[-1].name in ROLES:
+        runs.append(runs[-1].parent)
+    if runs[-1].name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        runs.append(runs[-1].parent)
+    places = [place for run in runs for place in (run / role / BASE_FOLDER, run / BASE_FOLDER)]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def system_stamp(selector: str | None, generator: str, base_model: str | None = None) -> dict[str, str | None]:
+    """
+    Tells a system in local folders from another that is written to the same folders later.
+
+    Args:
+        selector (`str`, *optional*):
+            Selector, or a run with one; `None` if no model selects.
+        generator (`str`):
+            Generator, or a run with one.
+        base_model (`str`, *optional*):
+            Base of the adapters, instead of the one they name.
+
+    Returns:
+        `dict[str, str]`: keys of the `weights`, of the weights of their `base` and of `rag_config`; `None` for what is
+        on the Hub, or is not there.
+
+    Raises:
+        `ValueError`: a folder holds no such role, or its base is unknown.
+    """
+    named: list[tuple[Role, str | None]] = [("selector", selector), ("generator", generator)]
+    sources = [find_role(name, role, base_model=base_model) for role, name in named if name and Path(name).is_dir()]
+    configs = {source.config for source in sources if source.config}
+    return {
+        "weights": _files_key([source.path for source in sources]),
+        "base": _files_key([source.base for source in sources if source.base]),
+        "rag_config": content_key([file_key(path) for path in sorted(configs)]) if configs else None,
+    }
+
+
+def _files_key(folders: Sequence[str]) -> str | None:
+    """Key of weights, by size and time, and of the settings and the tokenizer beside them, by content."""
+    stamps = []
+    for folder in dict.fromkeys(folders):
+        for path in sorted(Path(folder).glob("*")):
+            if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin":
+                stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
+            elif path.name.endswith("config.json") or path.name.startswith(("tokenizer", "vocab", "chat_template")):
+                stamps.append([path.name, file_key(path)])
+    return content_key(stamps) if stamps else None
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path | None:
@@ -261,23 +320,23 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
-    return RAGModel(roles, tokenizers, config.build_prompts(tokenizers, codec, contexts), codec, options.target)
+    prompts = config.build_prompts(tokenizers, codec, contexts)
+    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
     config = replace(config, num_selected=num_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
-    contexts = _contexts(rag.roles)
-    return RAGModel(
-        rag.roles, rag.tokenizers, config.build_prompts(rag.tokenizers, codec, contexts), codec, rag.device
-    )
+    prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
     """
-    Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer: what vLLM, TGI or
-    llama.cpp's converter read. A base that was quantized in training is merged in its own precision.
+    Writes one role as a plain model folder, its adapter merged into its base, with its tokenizer and
+    `rag_config.json`: what vLLM, TGI or llama.cpp's converter read. A base that was quantized in training is merged in
+    its own precision.
 
     Args:
         source ([`RoleSource`]):
@@ -300,6 +359,8 @@ def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) 
         model = PeftModel.from_pretrained(model, source.path).merge_and_unload(safe_merge=True)
     model.save_pretrained(folder)
     _load_tokenizer(source, options).save_pretrained(folder)
+    if source.config is not None:
+        shutil.copyfile(source.config, folder / CONFIG_FILE)
 
 
 def _with_adapter(model: PreTrainedModel, source: RoleSource, role: Role) -> PreTrainedModel | PeftModel:

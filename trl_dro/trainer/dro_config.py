@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import math
 import pickle
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -48,6 +49,10 @@ class DROConfig(_BaseConfig):
             Candidates shown to the selector, n: the first ones in retrieval order.
         num_selected (`int`, *optional*, defaults to `5`):
             Documents in a permutation, K.
+        retriever_prior (`float`, *optional*, defaults to `0.0`):
+            Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
+            \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
+            model's choice alone; the greater, the nearer to the retriever's order.
         selector_template (`str`):
             Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,
             `{num_selected}`, `{format}`, or in Python a function of these, defined at the top level of a module.
@@ -168,6 +173,10 @@ class DROConfig(_BaseConfig):
     # Prompts
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    retriever_prior: float = field(
+        default=0.0,
+        metadata={"help": "Say of the retriever's ranking in the selector's choices; 0 is the model's choice alone."},
+    )
     selector_template: str = field(
         default=SELECTOR_TEMPLATE,
         metadata={
@@ -327,6 +336,8 @@ class DROConfig(_BaseConfig):
             raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
         if not 0 <= self.likelihood_floor < 1:
             raise ValueError(f"likelihood_floor={self.likelihood_floor}: it must be at least 0 and below 1")
+        if not 0 <= self.retriever_prior < math.inf:
+            raise ValueError(f"retriever_prior={self.retriever_prior}: it must be a finite number of at least 0")
         if not 0 <= self.negligible_weight < 1:
             raise ValueError(f"negligible_weight={self.negligible_weight}: it must be at least 0 and below 1")
         if not 0 < self.tiny_likelihood < 1:
@@ -359,6 +370,11 @@ class DROConfig(_BaseConfig):
                     "selector_estimator='vimco' needs permutations drawn from the selector itself: set temperature=1, "
                     "top_p=1 and selector_likelihood='constrained', or choose rws or rws_centered"
                 )
+        if self.retriever_prior and self.selector_likelihood == "full_vocabulary":
+            raise ValueError(
+                "selector_likelihood='full_vocabulary' trains a selector to write alone, where no retriever_prior is "
+                "added: set retriever_prior=0, or selector_likelihood='constrained'"
+            )
         if self.selector_estimator == "rws_centered" and self.selector_likelihood == "full_vocabulary":
             raise ValueError(
                 "selector_estimator='rws_centered' subtracts the very gradient by which "

@@ -3,7 +3,6 @@ import math
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.schema import validate_dataset
 from ..evaluation.scoring import answer_and_score, score_bounds
-from ..model.permutation import PermutationSamples
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (
@@ -36,7 +35,7 @@ from .estimation import (
     significant_permutations,
 )
 from .inputs import check_inputs, load_roles, refuse_unsupported
-from .logs import QUESTIONS_PER_LOG, permutation_rows, print_permutations, save_permutations
+from .logs import keep_permutations, permutation_rows
 from .role_trainer import RoleTrainer
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 
@@ -162,7 +161,9 @@ class DROTrainer(RoleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward)
+        self.rag = RAGModel(
+            self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
+        )
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -180,6 +181,7 @@ class DROTrainer(RoleTrainer):
                 self._train_batch_size,
                 args.steps_per_estimation,
                 args.maximization_epochs,
+                args.gradient_accumulation_steps,
                 drop_last=args.dataloader_drop_last,
                 seed=args.seed if args.data_seed is None else args.data_seed,
                 rank=args.process_index,
@@ -212,10 +214,15 @@ class DROTrainer(RoleTrainer):
             return self._em_step(model, inputs)
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        """E-step, unless that of the block serves this micro-batch too, and M-step. Returns both losses, added up."""
+        """
+        E-step, unless that of the block serves this micro-batch too, and M-step. Returns the micro-batch's share of
+        the update's loss, which is the sum of both roles'.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        if not inputs.block:  # a filler
+            return loss
         parts = self._split(inputs.block[inputs.position])
         self._shown_permutations = []
-        loss = torch.zeros((), device=self.args.device)
         seconds = {"e_step": 0.0, "m_step": 0.0}
         for number, part in enumerate(parts, start=1):
             start = time.perf_counter()
@@ -224,7 +231,7 @@ class DROTrainer(RoleTrainer):
             else:
                 estimate = self._block_estimates(inputs)[number - 1]
             middle = time.perf_counter()
-            loss += self._maximization_step(model, estimate, last=number == len(parts))
+            loss += self._maximization_step(model, estimate, inputs.update_size, last=number == len(parts))
             seconds["e_step"] += middle - start
             seconds["m_step"] += time.perf_counter() - middle
         self._means.add_speed(seconds, self.rag.count)
@@ -273,89 +280,95 @@ class DROTrainer(RoleTrainer):
         with self._inference():
             samples = self._sample(questions, args.temperature, args.top_p, seeds, read)
             estimate = Estimate(batch, orders, targets, samples, read=read)
-            # When an estimate serves one update, the generator's loss forward is its scoring forward, unless it is to
-            # be a forward over significant permutations only.
+            # When an estimate serves one update, the generator's loss forward is its scoring forward too: the M-step
+            # fills `answer_logps`. Not if that forward is to be over significant permutations only.
             if not (self._estimates_serve_once and args.train_generator) or args.negligible_weight > 0:
                 estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+        if args.negligible_weight > 0 and args.train_generator:
+            weights = self._weigh(estimate).importance
+            estimate.significant = significant_permutations(samples.permutations, weights, args.negligible_weight)
         return estimate
 
-    def _maximization_step(self, model: nn.Module, estimate: Estimate, last: bool) -> Tensor:
+    def _maximization_step(self, model: nn.Module, estimate: Estimate, update_size: float, last: bool) -> Tensor:
         """
-        Backward of both weighted losses (equations 8 to 13). Each role's backward runs before the other role's
-        forward: gradient checkpointing recomputes with the adapter that is active at that time.
+        Forward and backward of both weighted losses (equations 8 to 13), one role after the other; returns their sum.
+        Each backward ends before the other role's forward, as checkpointed layers are recomputed with the adapter that
+        is active at that time. The generator is first: its forward may be the one that `estimate.answer_logps`, and
+        with it the selector's coefficients, come from.
         """
         self._last_rows = estimate.batch.rows
         questions = reordered(self._records(estimate.batch.rows), estimate.orders)
-
-        significant, kept = estimate.samples.permutations, None
-        if self.args.negligible_weight > 0 and self.args.train_generator:
-            weights = self._weigh(estimate).importance
-            significant, kept = significant_permutations(significant, weights, self.args.negligible_weight)
-            self._means.add_all("generator/skipped_share", ~kept)
-            self._means.add("generator/skipped_weight", weights[~kept].sum(), len(weights))
-
-        def answer_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            targets = [estimate.targets[row] for row in rows]
-            logps = self._answer_logps([questions[row] for row in rows], targets, significant[rows], wrapped)
-            return logps if kept is None else torch.where(kept[rows], logps, estimate.answer_logps[rows])
-
-        def permutation_logps(rows: list[int], wrapped: nn.Module | None) -> Tensor:
-            everything = len(rows) == len(questions)
-            return self.rag.permutation_logps(
-                [questions[row] for row in rows],
-                estimate.samples.permutations[rows],
-                self.args.selector_likelihood,
-                wrapped,
-                estimate.read if everything else None,
-            )
-
-        total = torch.zeros((), device=self.args.device)
-        # The generator goes first: its forward may be the one that gives the weights.
+        loss = torch.zeros((), device=self.args.device)
         if self.args.train_generator:
             last_backward = last and not self.args.train_selector
-            total += self._update("generator", model, estimate, answer_logps, last_backward)
+            loss += self._update("generator", model, estimate, questions, update_size, last_backward)
         if self.args.train_selector:
-            total += self._update("selector", model, estimate, permutation_logps, last)
-        estimate.read = None  # its graph was used up
+            loss += self._update("selector", model, estimate, questions, update_size, last)
         self._log_estimate(estimate, questions)
-        return total / self.current_gradient_accumulation_steps
+        return loss
 
     def _update(
         self,
         role: Role,
         model: nn.Module,
         estimate: Estimate,
-        score: Callable[[list[int], nn.Module | None], Tensor],
+        questions: list[dict[str, Any]],
+        update_size: float,
         last: bool,
     ) -> Tensor:
         """
-        Forward and backward of one role's loss: minus the weighted log-probabilities that `score` gives for rows of
-        the micro-batch, summed over permutations, averaged over the questions of the global micro-batch. Returns the
-        loss, in nats per question.
+        One role's loss: minus the weighted log-probabilities, summed over permutations and divided by the questions of
+        the whole update, over all micro-batches and processes. Leaves its gradient and returns the loss, in nats.
         """
-        rows = list(range(len(estimate.batch.rows)))
+        rows = list(range(len(questions)))
         with self._synced_backward(model, last):
-            with self.compute_loss_context_manager():
-                logps = score(rows, model)
-            if estimate.answer_logps is None:
+            logps = self._loss_forward(role, estimate, questions, rows, model)
+            if estimate.answer_logps is None:  # these are the generator's, of the very weights that the E-step has
                 estimate.answer_logps = logps.detach()
             weights = self._weigh(estimate)
             coefficients = weights.generator if role == "generator" else weights.selector
             counted = weights.usable & estimate.counted
-            if logps.isnan().any():
-                # Even with a weight of zero a NaN would reach every gradient: leave its questions out of the forward.
-                broken = logps.isnan().any(dim=-1)
+            broken = logps.isnan().any(dim=-1)
+            if broken.any():
+                # Even with a weight of zero a NaN would reach every gradient: once more, without its questions.
                 self._warn_of_unusable(~(broken & weights.usable))
                 rows = (counted & ~broken).nonzero().flatten().tolist()
                 coefficients, counted = coefficients[rows], counted[rows]
-                with self.compute_loss_context_manager():
-                    logps = score(rows, None) if rows else self._zero(role).expand(0, 1)
+                logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / estimate.batch.denominator
-            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-        self._means.add(f"{role}/loss", loss)
+            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / update_size
+            self.accelerator.backward(loss)
+        # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
+        self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)
         return loss.detach()
+
+    def _loss_forward(
+        self,
+        role: Role,
+        estimate: Estimate,
+        questions: list[dict[str, Any]],
+        rows: list[int],
+        wrapped: nn.Module | None = None,
+    ) -> Tensor:
+        """What the role's loss weighs, for rows of the micro-batch: log p(z|x) or log p(y|x, d_z), `(rows, m)`."""
+        chosen = [questions[row] for row in rows]
+        with self.compute_loss_context_manager():
+            if not rows:
+                return self._zero(role).expand(0, 1)
+            if role == "selector":
+                # The graph that `read` brings from the E-step is the selector's: nothing that the generator did since
+                # has touched it. It is of all questions, and ends with its one backward.
+                read = estimate.read if len(rows) == len(questions) else None
+                estimate.read = None
+                likelihood, permutations = self.args.selector_likelihood, estimate.samples.permutations[rows]
+                return self.rag.permutation_logps(chosen, permutations, likelihood, wrapped, read)
+            targets = [estimate.targets[row] for row in rows]
+            if estimate.significant is None:
+                return self._answer_logps(chosen, targets, estimate.samples.permutations[rows], wrapped)
+            permutations, kept = (tensor[rows] for tensor in estimate.significant)
+            logps = self._answer_logps(chosen, targets, permutations, wrapped)
+            return torch.where(kept, logps, estimate.answer_logps[rows])
 
     def _weigh(self, estimate: Estimate) -> Weights:
         args = self.args
@@ -390,14 +403,8 @@ class DROTrainer(RoleTrainer):
             self._warn_of_unusable(weights.usable)
         for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
             self._means.add_all(name, values)
-        self._shown_permutations += permutation_rows(
-            self.state.global_step + 1,
-            questions,
-            estimate.targets,
-            estimate.samples,
-            estimate.answer_logps,
-            weights.generator,
-        )
+        scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
+        self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes, to a log of training."""
@@ -409,12 +416,13 @@ class DROTrainer(RoleTrainer):
             most = min(self.args.num_permutations, num_possible)
             self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
             if self._shown_permutations and self.is_world_process_zero():
-                shown, trackers = self._shown_permutations, self.args.report_to
-                if self.args.log_permutations:
-                    print_permutations(shown[: self.args.num_permutations])
-                else:  # a few, for `trl-dro report`
-                    shown, trackers = shown[: QUESTIONS_PER_LOG * self.args.num_permutations], []
-                save_permutations(shown, self.args.output_dir, trackers)
+                keep_permutations(
+                    self._shown_permutations,
+                    self.args.num_permutations,
+                    self.args.log_permutations,
+                    self.args.output_dir,
+                    self.args.report_to,
+                )
         super().log(logs, start_time)
 
     def _warn_of_collapse(self, unique_share: float) -> None:

@@ -21,7 +21,7 @@ from ..model.importance import (
     selector_coefficients,
     weight_entropy,
 )
-from ..model.permutation import PermutationSamples
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts
 from .schedule import QuestionBatch
 
@@ -81,7 +81,8 @@ def draw(
 
 def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """
-    Records with their documents as they are shown to the selector.
+    Records with their documents as they are shown to the selector, and their places in the retriever's order under
+    `retrieval_ranks`.
 
     Args:
         records (`list[dict]` of length `B`):
@@ -93,7 +94,11 @@ def reordered(records: Sequence[dict[str, Any]], orders: Sequence[Sequence[int]]
         `list[dict]` of length `B`
     """
     return [
-        {**record, "documents": [record["documents"][i] for i in order]}
+        {
+            **record,
+            "documents": [record["documents"][i] for i in order],
+            "retrieval_ranks": [i + 1 for i in order],
+        }
         for record, order in zip(records, orders, strict=True)
     ]
 
@@ -136,12 +141,16 @@ class Estimate:
             See [`Draws`].
         targets (`list[list[str]]` of length `B`):
             See [`Draws`].
-        samples ([`~permutation.PermutationSamples`]):
+        samples ([`~sampling.PermutationSamples`]):
             Permutations of the candidates as shown.
         answer_logps (`Tensor` of shape `(B, m)`, *optional*):
-            \\( \log p(y \mid x, d_{z_i}) \\) in nats; empty until the M-step's own forward gives it.
+            \\( \log p(y \mid x, d_{z_i}) \\) in nats; filled by the E-step, or where the estimate serves one update by
+            the forward of the generator's loss.
+        significant (`tuple[Tensor, Tensor]`, *optional*):
+            See [`significant_permutations`]; what the generator's loss goes through where it may leave something out.
         read ([`~shared_prefix.ReadPrompts`], *optional*):
-            Selector prompts in the cache, with the graph that the M-step's gradient flows through.
+            Selector prompts in the cache, with the graph that the selector's gradient flows through; taken by the
+            forward of its loss.
     """
 
     batch: QuestionBatch
@@ -149,6 +158,7 @@ class Estimate:
     targets: list[list[str]]
     samples: PermutationSamples
     answer_logps: Tensor | None = None
+    significant: tuple[Tensor, Tensor] | None = None
     read: ReadPrompts | None = None
 
     @property
@@ -207,7 +217,7 @@ class Estimate:
         kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
         answer_logps, correction = answer_logps[kept], correction[kept]
         unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
-        return {
+        statistics = {
             "masked_question_share": ~weights.usable[self.counted],
             "elbo": elbo(answer_logps, correction),
             "iwae_bound": iwae_bound(answer_logps, correction),
@@ -219,6 +229,11 @@ class Estimate:
             "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),
             "unique_permutations": torch.tensor(unique),
         }
+        if self.significant is not None:
+            left_out = ~self.significant[1][self.counted]
+            statistics["generator/skipped_share"] = left_out.float().mean(dim=-1)
+            statistics["generator/skipped_weight"] = (left_out * weights.importance[self.counted]).sum(dim=-1)
+        return statistics
 
     def _scored(self) -> tuple[Tensor, Tensor]:
         if self.answer_logps is None:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from ..data.schema import validate_dataset
+from ..model.codec import PermutationCodec
 from ..model.loading import context_length, prepare_tokenizer
-from ..model.permutation import PermutationCodec
 from ..model.prompts import PromptBuilder, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention

@@ -16,8 +16,9 @@ from rich.text import Text
 from torch import Tensor
 
 from ..data.storage import write_whole
-from ..model.permutation import PermutationCodec, PermutationSamples
+from ..model.codec import PermutationCodec
 from ..model.prompts import question_text
+from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import TokenCount
 
 
@@ -117,7 +118,7 @@ def permutation_rows(
             Questions with their documents in the order that the permutations refer to.
         targets (`list[list[str]]` of length `B`):
             Answers of each question; the first is shown.
-        samples ([`~permutation.PermutationSamples`]):
+        samples ([`~sampling.PermutationSamples`]):
             Permutations and their log-probabilities.
         answer_logps (`Tensor` of shape `(B, m)`):
             Log-likelihoods of the answers, in nats.
@@ -160,6 +161,21 @@ def save_permutations(rows: Sequence[dict[str, Any]], output_dir: str | Path, re
     for backend in {"wandb", "trackio"} & set(report_to):
         module = importlib.import_module(backend)
         module.log({"permutations": module.Table(dataframe=pandas.DataFrame(list(rows)))})
+
+
+def keep_permutations(
+    rows: Sequence[dict[str, Any]],
+    num_permutations: int,
+    show: bool,
+    output_dir: str | Path,
+    report_to: Sequence[str],
+) -> None:
+    """Shows the first question's permutations and saves those of all, or else saves a few for `trl-dro report`."""
+    if show:
+        print_permutations(rows[:num_permutations])
+        save_permutations(rows, output_dir, report_to)
+    else:
+        save_permutations(rows[: QUESTIONS_PER_LOG * num_permutations], output_dir, [])
 
 
 def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..model.permutation import PermutationCodec
+from ..model.codec import PermutationCodec
 from ..model.prompts import PromptBuilder
 from ..model.roles import ROLES, Role
 from . import cost
@@ -271,13 +271,16 @@ def _count_steps(args: DROConfig, num_questions: int, num_processes: int) -> tup
         args.per_device_train_batch_size,
         args.steps_per_estimation,
         args.maximization_epochs,
+        args.gradient_accumulation_steps,
         args.dataloader_drop_last,
         world_size=num_processes,
     )
     per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    micro_batches = len(sampler) * updates / per_epoch
-    blocks = math.ceil(micro_batches / (sampler.block_size * args.maximization_epochs))
+    epochs, rest = divmod(updates, per_epoch)
+    blocks_per_epoch = math.ceil(sampler.num_micro_batches / sampler.block_size)
+    started = math.ceil(rest * args.gradient_accumulation_steps / sampler.steps_per_block)
+    blocks = epochs * blocks_per_epoch + min(started, blocks_per_epoch)
     visited = round(num_questions * args.maximization_epochs * updates / per_epoch)
     return updates, blocks, visited
 

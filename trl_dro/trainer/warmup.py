@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..data.lines import read_jsonl
 from ..data.schema import DatasetError, Document, Record
 from ..evaluation.scoring import is_relevant
-from ..model.permutation import PermutationCodec, parse_permutation
+from ..model.codec import PermutationCodec, parse_permutation
 from ..model.prompts import PromptBuilder, answer_ids
 
 
@@ -38,7 +38,7 @@ def selector_examples(
             Records with as many candidates, in the teacher's order, as the selector is to see.
         prompts ([`~prompts.PromptBuilder`]):
             Prompts of the selector.
-        codec ([`~permutation.PermutationCodec`]):
+        codec ([`~codec.PermutationCodec`]):
             Form in which permutations are written, and their length K.
         rank_noise (`float`, *optional*, defaults to `5.0`):
             Standard deviation of the noise, in ranks. `0` teaches the order itself.

@@ -1,0 +1,276 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Permutations as a tokenizer writes them: ids to tokens and back, and what may come next while one is written.
+
+A permutation of K of n documents is written `[3] > [1] > [17]`. Writing is *constrained*: at every token only those
+continuations are allowed that lead to an id that exists and was not chosen yet. Where a single continuation is left
+the token is forced and costs nothing; where several are left there is a *branch*.
+
+Documents can have a prior, a logit for each that is added to the model's own at every choice. An id of several tokens
+has several branches, so the prior is carried down them: a token's is the log of the mean of the exponentials over the
+ids that it can still become. The mean, and not the sum, because a prior of zero must change nothing.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .control_tokens import end_token_id
+
+
+_BRACKETED = re.compile(r"\[\s*(\d{1,9})\s*\]")
+_NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
+
+
+class Branch(NamedTuple):
+    """A token of a written permutation that was chosen among several."""
+
+    position: int  # index into the completion's tokens
+    allowed: list[int]  # token ids that could have been written here
+    prior: list[float]  # what is added to their logits
+    chosen: int  # index into `allowed`
+
+
+class ParsedPermutation(NamedTuple):
+    """Ids read from free text, and how many were dropped because they were out of range, repeated or surplus."""
+
+    permutation: list[int]
+    num_dropped: int
+
+
+class PermutationCodec:
+    """
+    Turns permutations into token ids and back, for any tokenizer that can tell the ids apart.
+
+    The segments (`[12]`, ` > `) are tokenised one by one and concatenated, in sampling and in scoring alike:
+    tokenising the whole string could merge `] >`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with an end-of-sequence token.
+        max_documents (`int`):
+            Highest id that can be written, from 1.
+        num_selected (`int`):
+            Number of documents in a permutation, K.
+
+    Raises:
+        `ValueError`: the tokenizer writes two ids alike, or has no token to end with, or K exceeds
+            `max_documents`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_documents: int, num_selected: int):
+        if not 1 <= num_selected <= max_documents:
+            raise ValueError(
+                f"num_selected={num_selected} must lie between 1 and the number of documents, {max_documents}"
+            )
+        self.max_documents = max_documents
+        self.num_selected = num_selected
+
+        def encode(segment: str) -> tuple[int, ...]:
+            return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
+
+        self.separator = encode(" > ")
+        self.end = (end_token_id(tokenizer),)
+        self.id_tokens = {i: encode(f"[{i}]") for i in range(1, max_documents + 1)}
+        # For every beginning of an id, the ids that begin so and the token each continues with.
+        self.continuations: dict[tuple[int, ...], dict[int, int]] = {}
+        for i, tokens in self.id_tokens.items():
+            for length, token in enumerate(tokens):
+                self.continuations.setdefault(tokens[:length], {})[i] = token
+        self.id_of_tokens: dict[tuple[int, ...], int] = {}
+        for i, tokens in self.id_tokens.items():
+            if tokens in self.id_of_tokens or tokens in self.continuations:
+                other = self.id_of_tokens.get(tokens) or next(iter(self.continuations[tokens]))
+                raise ValueError(
+                    f"the tokenizer cannot tell document ids [{other}] and [{i}] apart (both begin with "
+                    f"{tokenizer.convert_ids_to_tokens(list(tokens))}): add '[', ']' and the numbers up to "
+                    f"{self.max_documents} to its vocabulary"
+                )
+            self.id_of_tokens[tokens] = i
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest written permutation, the end included."""
+        longest_id = max(len(tokens) for tokens in self.id_tokens.values())
+        return self.num_selected * (longest_id + len(self.separator)) - len(self.separator) + len(self.end)
+
+    def encode(
+        self,
+        permutation: Sequence[int],
+        num_documents: int | None = None,
+        document_logits: Sequence[float] | None = None,
+    ) -> tuple[list[int], list[Branch]]:
+        """
+        Tokens of a permutation, the end included, and the branches among them.
+
+        Args:
+            permutation (`list[int]`):
+                K distinct ids from 1 to `num_documents`.
+            num_documents (`int`, *optional*, defaults to `max_documents`):
+                Number of candidates of this question.
+            document_logits (`list[float]` of length `num_documents`, *optional*):
+                Prior of each document, in nats; zero by default.
+
+        Returns:
+            `tuple[list[int], list[Branch]]`
+
+        Raises:
+            `ValueError`: wrong number of ids, repeated ids, or ids out of range.
+        """
+        num_documents = num_documents or self.max_documents
+        permutation = list(permutation)
+        if len(permutation) != self.num_selected or len(set(permutation)) != len(permutation):
+            raise ValueError(f"permutation {permutation} is not {self.num_selected} distinct ids")
+        if not set(permutation) <= set(range(1, num_documents + 1)):
+            raise ValueError(f"permutation {permutation} has ids outside 1..{num_documents}")
+        writer = Writer(self, num_documents, document_logits)
+        branches = []
+        while allowed := writer.allowed():
+            target = permutation[len(writer.permutation)]
+            chosen = allowed.index(self.continuations[writer.prefix][target])
+            branches.append(Branch(len(writer.tokens), allowed, writer.prior(), chosen))
+            writer.write(allowed[chosen])
+        return writer.tokens, branches
+
+    def decode(self, tokens: Sequence[int]) -> list[int]:
+        """
+        Permutation written by `tokens`, with or without the end-of-sequence token.
+
+        Raises:
+            `ValueError`: the tokens are not a complete permutation in this codec's form.
+        """
+        writer = Writer(self, self.max_documents)
+        while allowed := writer.allowed():
+            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else None
+            if token not in allowed:
+                break
+            writer.write(token)
+        if writer.allowed() or list(tokens) not in (writer.tokens, writer.tokens[:-1]):
+            raise ValueError(f"tokens {list(tokens)} do not write a permutation of {self.num_selected} ids")
+        return writer.permutation
+
+    def forced_start(self, num_documents: int) -> list[int]:
+        """Tokens with which every permutation of `num_documents` documents begins: those before the first branch."""
+        return Writer(self, num_documents).tokens
+
+    @staticmethod
+    def text(permutation: Sequence[int]) -> str:
+        """Permutation as a reader sees it, `[3] > [1]`."""
+        return " > ".join(f"[{i}]" for i in permutation)
+
+
+class Writer:
+    """
+    One permutation while it is written token by token. It stands at a branch or at the end: whatever is forced is
+    written at once.
+
+    Args:
+        codec ([`PermutationCodec`]):
+            Form of the permutation.
+        num_documents (`int`):
+            Number of candidates.
+        document_logits (`list[float]` of length `num_documents`, *optional*):
+            Prior of each document, in nats; zero by default.
+
+    Attributes:
+        permutation (`list[int]`):
+            Ids written to their ends.
+        tokens (`list[int]`):
+            All tokens written.
+        prefix (`tuple[int, ...]`):
+            Tokens of the id that is being written.
+        num_read (`int`):
+            Tokens that the model has read. A prompt is read together with the tokens that are forced at the start.
+    """
+
+    def __init__(self, codec: PermutationCodec, num_documents: int, document_logits: Sequence[float] | None = None):
+        self.codec = codec
+        self.document_logits = document_logits
+        self.remaining = set(range(1, num_documents + 1))
+        self.permutation: list[int] = []
+        self.tokens: list[int] = []
+        self.prefix: tuple[int, ...] = ()
+        self._write_forced()
+        self.num_read = len(self.tokens)
+
+    def allowed(self) -> list[int]:
+        """Tokens that may come next; none when the permutation is complete."""
+        return sorted(self._ids_by_token())
+
+    def prior(self) -> list[float]:
+        """What is added to the logit of each allowed token."""
+        ids_by_token = self._ids_by_token()
+        if self.document_logits is None:
+            return [0.0] * len(ids_by_token)
+        logits = [[self.document_logits[i - 1] for i in ids] for _, ids in sorted(ids_by_token.items())]
+        return [_log_mean_exp(each) for each in logits]
+
+    def write(self, token: int) -> None:
+        """Writes a chosen token and all that it forces."""
+        self._append(token)
+        self._write_forced()
+
+    def unread(self) -> list[int]:
+        """Tokens that the model must read to predict the next; none when there is no next."""
+        return self.tokens[self.num_read :] if self.allowed() else []
+
+    def _ids_by_token(self) -> dict[int, list[int]]:
+        """Tokens that may come next, and the ids that each can still become."""
+        ids_by_token: dict[int, list[int]] = {}
+        if len(self.permutation) < self.codec.num_selected:
+            for i, token in self.codec.continuations[self.prefix].items():
+                if i in self.remaining:
+                    ids_by_token.setdefault(token, []).append(i)
+        return ids_by_token
+
+    def _write_forced(self) -> None:
+        while len(allowed := self.allowed()) == 1:
+            self._append(allowed[0])
+
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.prefix = (*self.prefix, token)
+        if self.prefix in self.codec.continuations:
+            return
+        chosen = self.codec.id_of_tokens[self.prefix]
+        self.remaining.remove(chosen)
+        self.permutation.append(chosen)
+        self.prefix = ()
+        complete = len(self.permutation) == self.codec.num_selected
+        self.tokens.extend(self.codec.end if complete else self.codec.separator)
+
+
+def _log_mean_exp(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    return highest + math.log(sum(math.exp(logit - highest) for logit in logits) / len(logits))
+
+
+def parse_permutation(text: str, num_documents: int, num_selected: int) -> ParsedPermutation:
+    """
+    Reads a permutation from another ranker's free text. Bracketed numbers are ids; without any, all numbers are.
+
+    Args:
+        text (`str`):
+            E.g. `"[3] > [1] > [3] > [99]"` or `"3, 1"`.
+        num_documents (`int`):
+            Number of candidates.
+        num_selected (`int`):
+            Longest permutation to return.
+
+    Returns:
+        [`ParsedPermutation`]: up to `num_selected` distinct valid ids in order, and the number of ids dropped.
+
+    Example:
+
+    ```python
+    >>> from trl_dro.model.codec import parse_permutation
+
+    >>> parse_permutation("[3] > [1] > [3] > [99]", num_documents=20, num_selected=5)
+    ParsedPermutation(permutation=[3, 1], num_dropped=2)
+    ```
+    """
+    ids = [int(number) for number in _BRACKETED.findall(text) or _NUMBER.findall(text)]
+    valid = [i for i in dict.fromkeys(ids) if 1 <= i <= num_documents][:num_selected]
+    return ParsedPermutation(valid, len(ids) - len(valid))
