@@ -41,8 +41,8 @@ def completion_logits(
     device: torch.device,
 ) -> CompletionLogits:
     """
-    The definition: every completion in a row of its own behind its prompt. What [`~shared_prefix.PackedModel`] computes
-    must equal it.
+    The definition: every completion in a row of its own behind its prompt. What [`~shared_prefix.PackedModel`]
+    computes must equal it.
 
     Args:
         forward (`Callable`):
@@ -74,7 +74,7 @@ def last_logits(
     device: torch.device,
 ) -> list[Tensor]:
     """
-    Predictions after the last tokens of rows that are padded on the right: whatever is causal does not see the padding,
+    Predictions after the last tokens of rows that are padded on the right: what is causal does not see the padding,
     so that the model is told of neither masks nor positions and can get none wrong.
 
     Args:

@@ -368,7 +368,7 @@ def check_attention(attention: str | None) -> None:
     if attention not in (None, "eager", "sdpa", "flex_attention"):
         raise ValueError(
             f"attn_implementation='{attention}' takes no mask of its own, by which permutations share their prompt: "
-            "use sdpa, flex_attention or eager"
+            "use sdpa, flex_attention or eager, or set shared_prefix='never'"
         )
 
 
@@ -378,7 +378,7 @@ def check_layers(config: PreTrainedConfig) -> None:
     if unknown:
         raise ValueError(
             f"layers of type {', '.join(sorted(unknown))} take no mask of their own, by which permutations share "
-            "their prompt: use a model with attention in every layer"
+            "their prompt"
         )
 
 

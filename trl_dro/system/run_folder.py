@@ -34,6 +34,7 @@ from ..model.codec import PermutationCodec
 from ..model.loading import longest_sequence, prepare_tokenizer
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from ..model.self_check import SharedPrefix, check_rows
 from .rag_config import CONFIG_FILE, RAGConfig
 
 
@@ -246,6 +247,8 @@ class LoadOptions:
             Whether to run code that ships with a model.
         token (`str` or `bool`, *optional*):
             Token for private repos.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            As in [`DROConfig`].
     """
 
     dtype: str | torch.dtype = "auto"
@@ -254,6 +257,7 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     token: str | bool | None = None
+    shared_prefix: SharedPrefix = "auto"
     target: torch.device = field(init=False)
 
     def __post_init__(self):
@@ -321,7 +325,9 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    check_rows(rag, options.shared_prefix)
+    return rag
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:

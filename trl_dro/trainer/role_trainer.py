@@ -69,6 +69,7 @@ class RoleTrainer(_BaseTrainer):
         self.roles = roles
         self.tokenizers = tokenizers
         self._usable_questions = 0  # of the update under way
+        self._moved_roles: set[Role] = set()  # by its losses
         self._last_rows: list[int] = []
         self._skipped_updates = 0  # in a row
         self._staging: Path | None = None
@@ -115,13 +116,26 @@ class RoleTrainer(_BaseTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_gradients(self) -> None:
-        """Logs the norm of each role's gradient, and leaves out an update that could only do harm."""
+        """
+        Logs the norm of each role's gradient, and leaves out an update that could only do harm.
+
+        Raises:
+            `RuntimeError`: a role has a loss and no gradient at all.
+            `FloatingPointError`: too many updates in a row were left out.
+        """
         scaler = self.accelerator.scaler  # of fp16 alone, which leaves out such updates by itself
         scale = 1.0 if scaler is None else scaler.get_scale()
         norms = {}
         for role in self.roles.trained:
             gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
             norms[role] = nn.utils.get_total_norm(gradients) / scale
+            # In fp16 a gradient may be too small for its dtype.
+            if scaler is None and role in self._moved_roles and norms[role] == 0:
+                raise RuntimeError(
+                    f"update {self.state.global_step + 1}: the {role} has a loss and no gradient, so that it would "
+                    "never learn: its weights are frozen, quantized or not used by its forward"
+                )
+        self._moved_roles.clear()
         usable = torch.tensor(float(self._usable_questions), device=self.args.device)
         usable = self.accelerator.reduce(usable, reduction="sum")
         self._usable_questions = 0
@@ -144,6 +158,11 @@ class RoleTrainer(_BaseTrainer):
                 f"{self._skipped_updates} updates in a row were not finite (last questions: {shown}): lower the "
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
+
+    def _expect_gradient(self, role: Role, terms: Tensor) -> None:
+        """Notes that a role's loss has terms, weighted log-probabilities, that are not zero."""
+        if bool((terms.detach().abs() > 1e-6).any()):
+            self._moved_roles.add(role)
 
     def _warn_of_unusable(self, usable: Tensor) -> None:
         rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
