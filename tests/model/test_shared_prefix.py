@@ -20,6 +20,7 @@ from transformers import (
 
 from trl_dro.model import shared_prefix
 from trl_dro.model.likelihood import completion_logits, completion_logps
+from trl_dro.model.roles import keep_gradients_of_quantized
 from trl_dro.model.shared_prefix import Columns, PackedModel, _mask, check_attention, check_layers, share_prefixes
 
 
@@ -155,14 +156,12 @@ def test_adapter_gradients_are_exact_with_and_without_checkpointing(checkpointin
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_on_a_four_bit_base_values_and_adapter_gradients_equal_those_of_separate_rows(scorer, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra: pip install trl_dro[quantization]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra: pip install trl_dro[quantization]")
     sizes = SIZES | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # quantised in blocks of 64
     make_model(LlamaConfig(**sizes), "sdpa").save_pretrained(tmp_path)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    keep_gradients_of_quantized(model)
     model = add_adapter(model)
     score, groups = SCORERS[scorer]
     assert_same(model, score(model, groups), apart(model, groups))
@@ -278,5 +277,5 @@ def test_attention_without_masks_of_its_own_is_refused_with_the_reason():
 def test_layers_that_are_no_attention_are_refused_with_the_reason():
     for config in CONFIGS.values():
         check_layers(config)
-    with pytest.raises(ValueError, match="layers of type linear_attention take no mask.*attention in every layer"):
+    with pytest.raises(ValueError, match="layers of type linear_attention take no mask"):
         check_layers(Qwen3NextConfig())
