@@ -320,3 +320,26 @@ def test_serve_names_the_extra_that_it_needs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trl-dro", "serve", "--model", "run"])
     with pytest.raises(SystemExit, match=r"pip install 'trl_dro\[serve\]'"):
         main()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("retrieve q --corpus c --output_dir o --k1 -1", "--k1 -1.0: it must be at least 0"),
+        ("retrieve q --corpus c --output_dir o --b 5", "--b 5.0: it must be at least 0 and at most 1"),
+        ("retrieve q --corpus c --output_dir o --words_per_passage 0", "--words_per_passage 0: it must be at least 1"),
+        ("warmup --dataset_name d --rank_noise nan", "'nan' is not a finite number"),
+        ("warmup --dataset_name d --max_document_length -5", "--max_document_length -5: it must be at least 1"),
+        ("warmup --dataset_name d --max_candidates 3", "--max_candidates 3: it must be at least 5"),
+        ("serve run --port 99999999", "--port 99999999: it must be at least 0 and at most 65535"),
+        ("train --dry_run --selector_learning_rate nan", "'nan' is not a finite number"),
+        ("train --dry_run --learning_rate inf", "'inf' is not a finite number"),
+        ("train --dry_run --weight_decay -1", "weight_decay=-1.0: it must be at least 0"),
+        ("train --dry_run --per_device_train_batch_size 0", "per_device_train_batch_size=0: it must be at least 1"),
+        ("train --dry_run --max_document_length -5", "max_document_length=-5: it must be at least 1"),
+        ("predict run --questions q --tokens_per_batch 0", "--tokens_per_batch 0: it must be at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with_are_refused_in_one_line(command, message, monkeypatch, capsys):
+    shown = wrong_usage(monkeypatch, capsys, *command.split())
+    assert message in shown and shown.count("\n") == 1

@@ -75,10 +75,11 @@ def assert_exact(rag, model):
         torch.testing.assert_close(logps, expected, atol=1e-3, rtol=0)
         wanted = gradient(model, expected)
         assert (gradient(model, logps) - wanted).norm() < 1e-3 * wanted.norm()
-    samples = rag.sample(QUESTIONS, 4, seeds=[1, 2])
-    with torch.no_grad():
-        rescored = rag.permutation_logps(QUESTIONS, samples.permutations)
-    torch.testing.assert_close(samples.logps, rescored, atol=1e-3, rtol=0)
+    for sampling in ("independent", "distinct"):
+        samples = rag.sample(QUESTIONS, 4, seeds=[1, 2], sampling=sampling)
+        with torch.no_grad():
+            rescored = rag.permutation_logps(QUESTIONS, samples.permutations)
+        torch.testing.assert_close(samples.logps.to(rescored), rescored, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

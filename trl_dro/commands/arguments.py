@@ -4,10 +4,11 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
-from argparse import SUPPRESS, Action
-from collections.abc import Iterable
+from argparse import SUPPRESS, Action, ArgumentTypeError
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -78,8 +79,7 @@ class LaunchArguments:
     )
 
     def __post_init__(self):
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f"--num_processes {self.num_processes}: it must be at least 1")
+        check_range(self, ["num_processes"], 1)
 
 
 @dataclass(kw_only=True)
@@ -176,6 +176,9 @@ class QuestionArguments(LoadArguments):
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
 
+    def __post_init__(self):
+        check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)
+
 
 class Parser(TrlParser):
     """
@@ -207,6 +210,8 @@ class Parser(TrlParser):
         first = "" if self.first is None else f"{self.first.upper()} "
         self.usage = f"{self.prog} {first}[--config FILE.yaml] [--SETTING VALUE …]"
         for action in self._actions:
+            if _type_name(action) == "float":
+                action.type = _finite(action.type)
             if action.type is not None and action.choices is None:
                 action.metavar = _type_name(action).upper()
 
@@ -303,6 +308,28 @@ class _HelpAll(Action):
     def __call__(self, parser: Any, *arguments: Any) -> None:
         print(parser.format_help(everything=True), end="")
         parser.exit()
+
+
+def _finite(parse: Any) -> Callable[[str], float | None]:
+    """Reads a number that can be computed with: NaN in one setting would be NaN in every weight."""
+
+    def parse_finite(text: str) -> float | None:
+        value = parse(text)
+        if value is not None and not math.isfinite(value):
+            raise ArgumentTypeError(f"{text!r} is not a finite number")
+        return value
+
+    parse_finite.__name__ = "float"
+    return parse_finite
+
+
+def check_range(args: Any, names: Iterable[str], lowest: float, highest: float = math.inf) -> None:
+    """Raises `ValueError` if one of these settings is given and out of its range, whose ends are allowed."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (lowest <= value <= highest and math.isfinite(value)):
+            most = "" if highest == math.inf else f" and at most {highest:g}"
+            raise ValueError(f"--{name} {value}: it must be at least {lowest:g}{most}")
 
 
 def one_line(error: Exception) -> str:

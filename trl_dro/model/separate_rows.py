@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Every sequence in a row of its own: for models that cannot share a prompt's tokens, at several times the cost."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -34,23 +35,26 @@ class SeparateRows(PackedModel):
         return ReadPrompts(prompts, begun, DynamicCache(), nothing, logits)
 
     def extend(
-        self, read: ReadPrompts, tokens: Sequence[Sequence[Sequence[int]]], positions: Sequence[Sequence[int]]
+        self,
+        read: ReadPrompts,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        positions: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> tuple[Tensor, ReadPrompts]:
         """Continues each prompt in several ways: whatever was written so far goes through the model again."""
-        written = read.written or [[[] for _ in continuations] for continuations in tokens]
-        written = [
-            [[*old, *new] for old, new in zip(olds, news, strict=True)]
-            for olds, news in zip(written, tokens, strict=True)
-        ]
-        rows = [
-            (*prompt, *begun, *continuation)
-            for prompt, begun, continuations, news in zip(read.prompts, read.begun, written, tokens, strict=True)
-            for continuation, new in zip(continuations, news, strict=True)
-            if new
-        ]
+        rows: list[tuple[int, ...]] = []
+        now: list[list[list[int]]] = []
+        for b, (prompt, begun, news) in enumerate(zip(read.prompts, read.begun, tokens, strict=True)):
+            olds = read.written[b] if read.written else []
+            written = [[*old, *new] for old, new in itertools.zip_longest(olds, news, fillvalue=())]
+            for s, new in enumerate(news):
+                if new:
+                    chain = [*(() if parents is None else parents[b][s]), s]
+                    rows.append((*prompt, *begun, *(token for owner in chain for token in written[owner])))
+            now.append(written)
         distinct = list(dict.fromkeys(rows))
         index = {row: i for i, row in enumerate(distinct)}
-        return self._predict(distinct)[[index[row] for row in rows]], read._replace(written=written)
+        return self._predict(distinct)[[index[row] for row in rows]], read._replace(written=now)
 
     def _predict(self, rows: Sequence[Sequence[int]]) -> Tensor:
         self._count(rows)

@@ -97,7 +97,9 @@ def share_prefixes(sequences: Sequence[Sequence[int]], first_position: int = 0) 
     return SharedTokens(tokens, owners, positions, paths, common)
 
 
-def side_by_side(continuations: Sequence[Sequence[int]], starts: Sequence[int], num_common: int) -> SharedTokens:
+def side_by_side(
+    continuations: Sequence[Sequence[int]], starts: Sequence[int], num_common: int, seen: Sequence[set[int]]
+) -> SharedTokens:
     """
     Packs the next tokens of sequences whose earlier ones are read.
 
@@ -108,6 +110,8 @@ def side_by_side(continuations: Sequence[Sequence[int]], starts: Sequence[int], 
             Position of the first of them.
         num_common (`int`):
             Number of tokens with which all sequences begin; what follows them is kept apart, even if it is alike.
+        seen (`list[set[int]]` of length `S`):
+            Owners of the tokens of each sequence that follow these, itself among them.
 
     Returns:
         [`SharedTokens`]: with paths through the next tokens only.
@@ -120,7 +124,8 @@ def side_by_side(continuations: Sequence[Sequence[int]], starts: Sequence[int], 
         positions=[start + i for start, length in spans for i in range(length)],
         paths=[list(range(end - n, end)) for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)],
         common=[
-            [start + n if s == a else num_common for a in range(len(spans))] for s, (start, n) in enumerate(spans)
+            [start + n if a in seen[s] else num_common for a in range(len(spans))]
+            for s, (start, n) in enumerate(spans)
         ],
     )
 
@@ -274,10 +279,14 @@ class PackedModel:
         return ReadPrompts(prompts, begun, cache, Columns(torch.zeros_like(positions), positions), logits)
 
     def extend(
-        self, read: ReadPrompts, tokens: Sequence[Sequence[Sequence[int]]], positions: Sequence[Sequence[int]]
+        self,
+        read: ReadPrompts,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        positions: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> tuple[Tensor, ReadPrompts]:
         """
-        Continues each prompt in several ways, which do not see each other.
+        Continues each prompt in several ways, which do not see each other unless they go on from one another.
 
         Args:
             read ([`ReadPrompts`]):
@@ -286,15 +295,19 @@ class PackedModel:
                 New token ids of each continuation, or none.
             positions (`list[list[int]]` of shape `(B, S)`):
                 Position of the first new token of each.
+            parents (`list[list[list[int]]]` of shape `(B, S)`, *optional*):
+                Earlier continuations that each goes on from. By default each goes on from itself alone.
 
         Returns:
             `tuple[Tensor, ReadPrompts]`: predictions after the last new token of each continuation that has any,
             `(N, V)`, and what is read now.
         """
-        rows = [
-            side_by_side(continuations, starts, num_common=len(prompt) + len(begun))
-            for prompt, begun, continuations, starts in zip(read.prompts, read.begun, tokens, positions, strict=True)
-        ]
+        rows = []
+        for b, (prompt, begun) in enumerate(zip(read.prompts, read.begun, strict=True)):
+            seen = [{s} for s in range(len(tokens[b]))]
+            if parents is not None:
+                seen = [{s, *ancestors} for s, ancestors in enumerate(parents[b])]
+            rows.append(side_by_side(tokens[b], positions[b], len(prompt) + len(begun), seen))
         logits, read_now = self._run(rows, [[path[-1] for path in row.paths if path] for row in rows], read)
         return logits, cast(ReadPrompts, read_now)
 
