@@ -124,8 +124,8 @@ def side_by_side(
         positions=[start + i for start, length in spans for i in range(length)],
         paths=[list(range(end - n, end)) for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)],
         common=[
-            [start + n if a in seen[s] else num_common for a in range(len(spans))]
-            for s, (start, n) in enumerate(spans)
+            [start + n if a in owners else num_common for a in range(len(spans))]
+            for owners, (start, n) in zip(seen, spans, strict=True)
         ],
     )
 

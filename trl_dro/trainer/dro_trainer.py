@@ -340,8 +340,7 @@ class DROTrainer(RoleTrainer):
                 logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            terms = coefficients * torch.where(kept, logps, 0.0)
-            self._expect_gradient(role, terms)
+            terms = self._note_terms(role, coefficients * torch.where(kept, logps, 0.0))
             loss = -terms.sum() / update_size
             self.accelerator.backward(loss)
         # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.

@@ -159,10 +159,11 @@ class RoleTrainer(_BaseTrainer):
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
 
-    def _expect_gradient(self, role: Role, terms: Tensor) -> None:
-        """Notes that a role's loss has terms, weighted log-probabilities, that are not zero."""
+    def _note_terms(self, role: Role, terms: Tensor) -> Tensor:
+        """Notes whether a role's loss has terms, weighted log-probabilities, that are not zero; returns them."""
         if bool((terms.detach().abs() > 1e-6).any()):
             self._moved_roles.add(role)
+        return terms
 
     def _warn_of_unusable(self, usable: Tensor) -> None:
         rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
