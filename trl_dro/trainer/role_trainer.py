@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
@@ -33,7 +34,7 @@ from .checkpoint import (
 )
 from .dro_config import DROConfig
 from .log_history import LogHistory
-from .logs import RunningMeans
+from .logs import LogLine, LogLineAboveProgress, RunningMeans
 
 
 logger = get_logger(__name__)
@@ -84,6 +85,9 @@ class RoleTrainer(_BaseTrainer):
         self._stop = StopOnSignal(self.accelerator)
         self.add_callback(self._stop)
         self.add_callback(LogHistory())
+        for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
+            if self.pop_callback(usual) is not None:
+                self.add_callback(readable)
 
     # Optimization
 
@@ -239,6 +243,13 @@ class RoleTrainer(_BaseTrainer):
         if self._stop.received is not None:  # after the last update: nothing is left to stop here
             os.kill(os.getpid(), self._stop.received)
         return output
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Trainer looks at max_steps after an update only, and so makes one too many when nothing is left to do.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         stopped_by = self._stop.agreed
