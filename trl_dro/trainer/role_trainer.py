@@ -5,7 +5,6 @@ to stop between two updates."""
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,26 +13,19 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from .._trl_compat import _BaseTrainer
+from ..data.resumable import questions_key
+from ..data.storage import content_key
 from ..model.roles import ROLES, Role, Roles
 from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
-from .checkpoint import (
-    StopOnSignal,
-    find_checkpoints,
-    find_damage,
-    put_in_place,
-    remove_leftovers,
-    staging_folder,
-)
 from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
+from .run import Identity, RunTrainer
 
 
 logger = get_logger(__name__)
@@ -46,8 +38,19 @@ _SHOWN_SETTINGS = (
     *("max_steps", "lr_scheduler_type", "seed"),
 )
 
+# What a run is known by: another value makes it another run. Others, such as its length or how a batch is spread over
+# processes, may change when it is resumed.
+_IDENTIFYING_SETTINGS = (
+    *("num_selected", "max_candidates", "num_permutations", "selector_template", "generator_template"),
+    *("max_prompt_length", "max_document_length", "answer_target", "answer_likelihood", "selector_likelihood"),
+    *("selector_estimator", "temperature", "top_p", "weight_temperature", "likelihood_floor", "negligible_weight"),
+    *("train_selector", "train_generator", "shuffle_candidates", "maximization_epochs", "learning_rate"),
+    *("selector_learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm", "optim"),
+    *("lr_scheduler_type", "seed", "data_seed"),
+)
 
-class RoleTrainer(_BaseTrainer):
+
+class RoleTrainer(RunTrainer, _BaseTrainer):
     """
     Trainer of a module made by [`~roles.prepare_role_model`].
 
@@ -71,7 +74,6 @@ class RoleTrainer(_BaseTrainer):
         self._usable_questions = 0  # of the update under way
         self._last_rows: list[int] = []
         self._skipped_updates = 0  # in a row
-        self._staging: Path | None = None
         super().__init__(model=roles.model, processing_class=tokenizers["generator"], **kwargs)
         # Asked here, because Trainer counts one where a model is spread over all.
         if self.args.n_gpu > 1:
@@ -80,8 +82,6 @@ class RoleTrainer(_BaseTrainer):
                 "visible with CUDA_VISIBLE_DEVICES"
             )
         self._means = RunningMeans(self.accelerator)
-        self._stop = StopOnSignal(self.accelerator)
-        self.add_callback(self._stop)
         self.add_callback(LogHistory())
 
     # Optimization
@@ -193,7 +193,10 @@ class RoleTrainer(_BaseTrainer):
         """Gradients are averaged over processes once, in the last role's backward."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
-    # Saving, loading, stopping
+    # Saving and loading
+
+    weights_in = ROLES
+    how_to_resume = "continue with resume_from_checkpoint=True"
 
     def train(
         self,
@@ -201,102 +204,31 @@ class RoleTrainer(_BaseTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """
-        Trains, see [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest checkpoint that is
-        whole. SIGTERM or Ctrl-C ends training after the current update with a checkpoint and exits.
-
-        Raises:
-            `ValueError`: the checkpoint to resume from is missing or damaged.
-            `SystemExit`: the process was asked to stop, and its checkpoint is saved.
-        """
-        if self.args.should_save:
-            remove_leftovers(self.args.output_dir)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        """Trains, see [`~run.RunTrainer.train`]."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a `train_dataset`")
         self._skipped_updates = 0
-        with self._stop.installed():
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if self._stop.received is not None:  # after the last update: nothing is left to stop here
-            os.kill(os.getpid(), self._stop.received)
-        return output
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        stopped_by = self._stop.agreed
-        if stopped_by is None:
-            return super()._finalize_training(trial, num_train_samples, start_time)
-        # Trainer would now load the best checkpoint, and remove the one just saved if only the best is kept.
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        self._finish_current_push()
-        if self.is_world_process_zero():
-            print(
-                f"Stopped by {stopped_by.name} after update {self.state.global_step}. The checkpoint is in "
-                f"{self.args.output_dir}: continue with resume_from_checkpoint=True.",
-                flush=True,
-            )
-        # A launcher signals the other processes as soon as one exits.
-        self.accelerator.wait_for_everyone()
-        raise SystemExit(128 + int(stopped_by))
+    def identity(self) -> Identity:
+        """Settings that decide what is learned, the training questions, and the frozen bases."""
+        settings = {name: getattr(self.args, name) for name in _IDENTIFYING_SETTINGS}
+        settings = {name: value.__qualname__ if callable(value) else value for name, value in settings.items()}
+        return {**settings, "train_dataset": questions_key(self.train_dataset), "base": self._base_key()}
 
-    def _whole_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        if isinstance(resume_from_checkpoint, str):
-            if damage := find_damage(resume_from_checkpoint):
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {damage}; name an older checkpoint")
-            return resume_from_checkpoint
-        for checkpoint in find_checkpoints(self.args.output_dir):
-            damage = find_damage(checkpoint)
-            if damage is None:
-                return str(checkpoint)
-            logger.warning(f"{checkpoint} is passed over: {damage}.")
-        raise ValueError(
-            f"{self.args.output_dir} has no whole checkpoint to resume from: train without resume_from_checkpoint"
-        )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # Trainer._save_checkpoint writes where this points: beside the run's checkpoints until all is written.
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = staging_folder(checkpoint)
-        written = staging / checkpoint.name
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self.state.best_model_checkpoint == str(written):
-                    self.state.best_model_checkpoint = str(checkpoint)
-                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                put_in_place(written, checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            older = next((str(path) for path in find_checkpoints(checkpoint.parent)), "no older one is left")
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OSError(
-                f"checkpoint {checkpoint} could not be written ({reason}): free space or mend the disk, then resume "
-                f"with resume_from_checkpoint=True (newest: {older})"
-            ) from error
-        finally:
-            self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(checkpoint)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(checkpoint.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
+    def _base_key(self) -> str:
+        """Key of the frozen bases, which some of their embeddings tell apart, in whatever precision they are held."""
+        samples = []
+        for role in ROLES:
+            module = self.roles.module(role)
+            if isinstance(module, PeftModel):
+                base: Any = module.get_base_model()
+                weight = base.get_input_embeddings().weight.detach().flatten()
+                samples.append(weight[:: max(1, len(weight) // 1000)].bfloat16().float().tolist())
+        return content_key(samples)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None:  # not before the folder is in its place
+        if self._staging is not None:
             return
         if self.is_world_process_zero():
             # Trainer copies the files that a single model has.
