@@ -1,23 +1,38 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """`trl-dro warmup`: TRL's `SFTTrainer` warms up the two roles before DRO, in the very tokens that DRO uses."""
 
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from ..data.files import load_records
 from ..data.schema import validate_dataset
+from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
 from ..model.roles import ROLES
-from ..trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
+from ..system.rag_config import RAGConfig
+from ..system.run_folder import files_key
+from ..system.upload import upload_system
+from ..trainer.warmup import (
+    WarmUpTrainer,
+    examples_key,
+    generator_examples,
+    read_listwise_rankings,
+    relevant_first,
+    selector_examples,
+    warm_up_role,
+)
 from .arguments import DATASET_HELP, LaunchArguments
 
 
@@ -100,19 +115,35 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
     }
-    for role in ROLES:
-        sft_args.output_dir = str(folder / role)
-        trainer = SFTTrainer(
-            model,
-            sft_args,
-            train_dataset=examples[role],
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-        )
-        trainer.train()
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"Adapters to start DRO from are in {folder}/selector and {folder}/generator.")
+    peft_config = get_peft_config(model_args)
+    # The token is kept from the trainers, which would write it into training_args.bin.
+    pushes, token, sft_args.push_to_hub, sft_args.hub_token = sft_args.push_to_hub, sft_args.hub_token, False, None
+    with alone_in(folder) if sft_args.should_save else nullcontext():
+        for role in ROLES:
+            sft_args.output_dir = str(folder / role)
+            known_by = {
+                "base": files_key([model]) or f"{model} {model_args.model_revision}",
+                "adapter": peft_config.to_dict() if peft_config is not None else None,
+                "examples": examples_key(examples[role]),
+            }
+            make = partial(
+                WarmUpTrainer,
+                known_by,
+                model=model,
+                args=sft_args,
+                train_dataset=examples[role],
+                processing_class=tokenizer,
+                peft_config=get_peft_config(model_args),
+            )
+            warm_up_role(sft_args, known_by, make)
+        if sft_args.should_save:
+            names = {each.name for each in fields(RAGConfig)}
+            RAGConfig(**{name: value for name, value in vars(args).items() if name in names}).save(folder)
+            if pushes:
+                name = sft_args.hub_model_id or folder.resolve().name
+                repo = HfApi().create_repo(name, token=token, private=sft_args.hub_private_repo, exist_ok=True)
+                upload_system(folder, repo.repo_id, "Warm-up of both roles", token, sft_args.hub_revision)
+            print(f"Adapters to start DRO from are in {folder}/selector and {folder}/generator.")
 
 
 def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Dataset]:

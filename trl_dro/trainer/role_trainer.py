@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from .._trl_compat import _BaseTrainer
 from ..data.resumable import questions_key
@@ -22,6 +24,7 @@ from ..data.storage import content_key
 from ..model.roles import ROLES, Role, Roles
 from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
+from ..system.upload import upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
@@ -227,15 +230,63 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
                 samples.append(weight[:: max(1, len(weight) // 1000)].bfloat16().float().tolist())
         return content_key(samples)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Uploads the system, see [`~upload.upload_system`] for what that is and [`~transformers.Trainer.push_to_hub`]
+        for arguments; `kwargs` go to [`~RoleTrainer.create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:  # called though args.push_to_hub is False
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": str(self.hub_model_id).rpartition("/")[2], **kwargs})
+        self._finish_current_push()
+        revision = revision or self.args.hub_revision
+        message = commit_message or "End of training"
+        return upload_system(str(self.args.output_dir), str(self.hub_model_id), message, token, revision, blocking)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None:
+        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if self.is_world_process_zero():
-            # Trainer copies the files that a single model has.
-            for role in ROLES:
-                shutil.copytree(Path(checkpoint_folder) / role, Path(self.args.output_dir) / role, dirs_exist_ok=True)
-            self._save_what_belongs_to_the_run(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder, repo, token = Path(str(self.args.output_dir)), str(self.hub_model_id), self.args.hub_token
+        for role in ROLES:
+            shutil.copytree(Path(checkpoint_folder) / role, folder / role, dirs_exist_ok=True)
+        self._save_what_belongs_to_the_run(folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [upload_system(folder, repo, message, token, self.args.hub_revision, blocking=False)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            every = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+            jobs.append(
+                HfApi().upload_folder(
+                    repo_id=repo,
+                    folder_path=checkpoint_folder,
+                    path_in_repo=Path(checkpoint_folder).name if every else "last-checkpoint",
+                    commit_message=f"{message}, checkpoint",
+                    token=token,
+                    revision=self.args.hub_revision,
+                    ignore_patterns=["training_args.bin"],  # has paths of this machine
+                    run_as_future=True,
+                )
+            )
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """

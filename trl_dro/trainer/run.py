@@ -100,6 +100,11 @@ class RunTrainer(Trainer):
     def _write_run(self, folder: Path, **more: Any) -> None:
         write_whole(folder / RUN_FILE, json.dumps(self._run | more, indent=2, ensure_ascii=False) + "\n")
 
+    def finish(self) -> None:
+        """Notes in `run.json` that the run is done and its weights are saved."""
+        if self.args.should_save:
+            self._write_run(Path(str(self.args.output_dir)), finished=True)
+
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         stopped_by = self._stop.agreed
         if stopped_by is None:
