@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,31 @@ def upload_system(
     Returns:
         [`~huggingface_hub.CommitInfo`], or a future of one.
     """
-    operations = [
-        CommitOperationAdd(name, _without_places(path) if path.suffix == ".json" else str(path))
-        for name, path in files_to_upload(folder)
-    ]
+    return _commit(files_to_upload(folder), repo_id, commit_message, token, revision, blocking)
+
+
+def upload_checkpoint(
+    checkpoint: str | Path, place: str, repo_id: str, commit_message: str, token: str | None, revision: str | None
+) -> Any:
+    """
+    Uploads what a run resumes from to a folder of the repo, for `hub_strategy="checkpoint"`, without training
+    arguments and model cards, which name folders of this machine. Returns a future.
+    """
+    paths = [path for path in sorted(Path(checkpoint).rglob("*")) if path.is_file()]
+    kept = [path for path in paths if path.name not in ("training_args.bin", "README.md")]
+    files = [(f"{place}/{path.relative_to(checkpoint).as_posix()}", path) for path in kept]
+    return _commit(files, repo_id, f"{commit_message}, checkpoint", token, revision, blocking=False)
+
+
+def _commit(
+    files: Iterable[tuple[str, Path]],
+    repo_id: str,
+    commit_message: str,
+    token: str | None,
+    revision: str | None,
+    blocking: bool,
+) -> Any:
+    operations = [CommitOperationAdd(name, _without_places(path)) for name, path in files]
     api: Any = HfApi()
     return api.create_commit(
         repo_id,
@@ -85,7 +106,7 @@ def upload_system(
 
 
 def _without_places(path: Path) -> bytes | str:
-    """A JSON file, in which no folder of this machine is named: nobody else has it."""
+    """A file, or the content of a config without folders of this machine, which nobody else has."""
     if path.name not in ("config.json", "adapter_config.json", "tokenizer_config.json"):
         return str(path)
     values = json.loads(path.read_text(encoding="utf-8"))

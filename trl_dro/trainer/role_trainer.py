@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -24,7 +23,7 @@ from ..data.storage import content_key
 from ..model.roles import ROLES, Role, Roles
 from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
-from ..system.upload import upload_system
+from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
@@ -271,18 +270,9 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         jobs = [upload_system(folder, repo, message, token, self.args.hub_revision, blocking=False)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             every = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-            jobs.append(
-                HfApi().upload_folder(
-                    repo_id=repo,
-                    folder_path=checkpoint_folder,
-                    path_in_repo=Path(checkpoint_folder).name if every else "last-checkpoint",
-                    commit_message=f"{message}, checkpoint",
-                    token=token,
-                    revision=self.args.hub_revision,
-                    ignore_patterns=["training_args.bin"],  # has paths of this machine
-                    run_as_future=True,
-                )
-            )
+            place = Path(checkpoint_folder).name if every else "last-checkpoint"
+            revision = self.args.hub_revision
+            jobs.append(upload_checkpoint(checkpoint_folder, place, repo, message, token, revision))
         if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.extend(jobs)
         else:
