@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_gradient_matches_enumeration(make_trainer, estimator, steps_per_estimat
     # vimco keeps an m x m tensor, so its sample is smaller.
     settings = ONE_QUESTION | {"selector_estimator": estimator, "steps_per_estimation": steps_per_estimation}
     if estimator == "vimco":
-        settings["num_permutations"] = 1024
+        settings |= {"num_permutations": 1024, "steps_per_estimation": 1}
     trainer = make_trainer(make_dataset(1), **settings)
     exact = exact_gradients(trainer, trainer.train_dataset[0])
     run_step(trainer)
@@ -226,6 +227,28 @@ def test_checkpointed_gradients_equal_plain_ones(make_trainer, peft):
     for role in ROLES:
         assert results[0][role].norm() > 0
         torch.testing.assert_close(results[1][role], results[0][role], atol=1e-6, rtol=1e-4)
+
+
+def test_one_estimate_followed_for_many_updates_leads_the_centred_selector_to_its_weights(make_trainer):
+    # With constant coefficients w - 1/m the loss has no minimum: log-probabilities fall and the gradient stays.
+    trainer = make_trainer(
+        make_dataset(1),
+        **ONE_QUESTION | {"num_permutations": 6, "maximization_epochs": 80, "train_generator": False},
+        max_steps=80,
+        learning_rate=2e-2,
+        lr_scheduler_type="constant",
+        weight_temperature=5.0,
+    )
+    trainer.train()
+    [[estimate]] = trainer._estimates
+    with torch.no_grad():
+        trainer.model.eval()
+        logps = trainer.rag.permutation_logps(trainer._records([0]), estimate.samples.permutations)
+    reached = (logps - estimate.samples.proposal_logps).softmax(dim=-1)
+    torch.testing.assert_close(reached, trainer._weigh(estimate).importance, atol=0.02, rtol=0.1)
+    norms = [logs["selector/grad_norm"] for logs in trainer.state.log_history if "selector/grad_norm" in logs]
+    assert norms[-1] < 0.1 * norms[0]
+    assert logps.amax(dim=-1) > estimate.samples.logps.amax(dim=-1) - 3
 
 
 def test_scoring_in_the_loss_forward_equals_scoring_in_the_e_step(make_trainer):
@@ -491,6 +514,39 @@ def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
     run_step(trainer)
     errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
     assert errors["generator"] < 0.05 and errors["selector"] < 0.25
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}, {"selector_estimator": "rws", "num_permutations": 14}])
+def test_distinct_permutations_give_the_exact_gradient_when_they_are_all_there_are(make_trainer, tokenizer, settings):
+    settings = ONE_QUESTION | {"sampling": "distinct", "num_permutations": 12, "retriever_prior": 0.5} | settings
+    trainer = make_trainer(make_dataset(1), tiny_llama(tokenizer).double(), **settings)
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(f"relative error {errors}")
+    assert max(errors.values()) < 1e-6
+    logs = trainer._means.pop()
+    assert logs["unique_permutations"] == 12 and logs["elbo"] < logs["iwae_bound"]
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        logps = trainer.rag.permutation_logps([record], ALL_12[None])
+        answer_logps = trainer.rag.answer_logps([record], [record["answers"][:1]], ALL_12[None])
+    assert logs["iwae_bound"] == pytest.approx((logps + answer_logps).logsumexp(-1).item(), abs=1e-5)
+    assert logs["elbo"] == pytest.approx((logps.exp() * answer_logps).sum().item(), abs=1e-4)
+    assert logs["selector/entropy"] == pytest.approx(-(logps.exp() * logps).sum().item(), abs=1e-5)
+    draws = settings["num_permutations"]
+    assert logs["expected_unique"] == pytest.approx((1 - (1 - logps.exp()) ** draws).sum().item(), abs=1e-4)
+
+
+def test_training_and_evaluation_with_distinct_permutations(make_trainer):
+    """Two candidates have two permutations, of which four samples are drawn."""
+    trainer = make_trainer(make_dataset(8, 2), eval_dataset=make_dataset(3), sampling="distinct")
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "unique_permutations" in each]
+    assert len(logs) == 4 and all(each["unique_permutations"] == 2 for each in logs)
+    assert all(math.isfinite(value) for each in logs for value in each.values())
+    metrics = trainer.evaluate()
+    assert metrics["eval_elbo"] <= metrics["eval_iwae_bound"] + 1e-6 and math.isfinite(metrics["eval_elbo"])
 
 
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
-from ..model.importance import elbo, iwae_bound
+from ..model.importance import Sampling, elbo, iwae_bound
 from ..model.rag_model import RAGModel
 
 
@@ -43,7 +43,9 @@ def answer_and_score(
     return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
 
 
-def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str, Tensor]:
+def score_bounds(
+    answer_logps: Tensor, proposal_correction: Tensor, sampling: Sampling = "independent"
+) -> dict[str, Tensor]:
     """
     Bounds on the log-likelihood of answers, by sampled permutations.
 
@@ -52,16 +54,19 @@ def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str,
             Log-likelihood of each question's answer under each permutation, in nats.
         proposal_correction (`Tensor` of shape `(B, m)`):
             See [`~importance.iwae_bound`].
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How the permutations were drawn.
 
     Returns:
         `dict[str, Tensor]`: `elbo`, `iwae_bound` and `loss`, which is minus the latter, each of shape `(B,)` in nats;
         NaN for a question with a likelihood that is not finite.
     """
-    usable = (answer_logps + proposal_correction).isfinite().all(dim=-1)
-    scores = {}
-    for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
-        scores[name] = torch.full_like(answer_logps[:, 0], float("nan"))
-        scores[name][usable] = bound(answer_logps[usable], proposal_correction[usable])
+    # Of distinct permutations there can be fewer than samples.
+    missing = proposal_correction.isneginf() & (sampling == "distinct")
+    usable = ((answer_logps + proposal_correction).isfinite() | missing).all(dim=-1)
+    scores = {name: torch.full_like(answer_logps[:, 0], float("nan")) for name in ("elbo", "iwae_bound")}
+    scores["elbo"][usable] = elbo(answer_logps[usable], proposal_correction[usable], sampling)
+    scores["iwae_bound"][usable] = iwae_bound(answer_logps[usable], proposal_correction[usable])
     return {**scores, "loss": -scores["iwae_bound"]}
 
 

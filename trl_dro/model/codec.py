@@ -10,6 +10,7 @@ has several branches, so the prior is carried down them: a token's is the log of
 ids that it can still become. The mean, and not the sum, because a prior of zero must change nothing.
 """
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -206,6 +207,12 @@ class Writer:
             return [0.0] * len(ids_by_token)
         logits = [[self.document_logits[i - 1] for i in ids] for _, ids in sorted(ids_by_token.items())]
         return [_log_mean_exp(each) for each in logits]
+
+    def copy(self) -> "Writer":
+        """The same beginning, to be written on in another way."""
+        other = copy.copy(self)
+        other.remaining, other.permutation, other.tokens = {*self.remaining}, [*self.permutation], [*self.tokens]
+        return other
 
     def write(self, token: int) -> None:
         """Writes a chosen token and all that it forces."""

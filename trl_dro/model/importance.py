@@ -22,6 +22,7 @@ from torch import Tensor
 
 
 SelectorEstimator = Literal["rws", "rws_centered", "vimco"]
+Sampling = Literal["independent", "distinct"]
 
 
 def importance_weights(
@@ -86,16 +87,22 @@ def weight_entropy(weights: Tensor) -> Tensor:
     return -torch.xlogy(weights, weights).sum(dim=-1)
 
 
-def elbo(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Tensor:
+def elbo(
+    answer_logps: Tensor, proposal_correction: Tensor | None = None, sampling: Sampling = "independent"
+) -> Tensor:
     r"""Evidence lower bound on \\( \log p(y \mid x) \\), estimated from `m` permutations.
 
-    \\( \frac{1}{m} \sum_i \log p(y \mid x, d_{z_i}) + \log p(z_i) - \log q(z_i) \\)
+    \\( \frac{1}{m} \sum_i \log p(y \mid x, d_{z_i}) + \log p(z_i) - \log q(z_i) \\). Distinct permutations are not
+    drawn equally often: theirs is the p/q-weighted mean of \\( \log p(y \mid x, d_{z_i}) \\) plus the log of the mean
+    p/q, which tends to 0.
 
     Args:
         answer_logps (`Tensor` of shape `(B, m)`):
             \\( \log p(y \mid x, d_{z_i}) \\) in nats.
         proposal_correction (`Tensor` of shape `(B, m)`, *optional*):
             \\( \log p(z_i) - \log q(z_i) \\) in nats.
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How the permutations were drawn, `"independent"` or `"distinct"`.
 
     Returns:
         `Tensor` of shape `(B,)`: nats.
@@ -103,7 +110,13 @@ def elbo(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Ten
     Raises:
         `ValueError`: a row holds a NaN or `+inf`, or nothing but `-inf`.
     """
-    return _log_weights(answer_logps, proposal_correction).mean(dim=-1)
+    log_weights = _log_weights(answer_logps, proposal_correction)
+    if sampling == "independent":
+        return log_weights.mean(dim=-1)
+    prior = _log_prior(answer_logps, proposal_correction)
+    # Where there were fewer permutations than samples, those that are missing have a weight of 0.
+    expected = torch.where(prior.isinf(), 0.0, prior.softmax(dim=-1) * answer_logps.float()).sum(dim=-1)
+    return expected + prior.logsumexp(dim=-1) - math.log(prior.shape[-1])
 
 
 def iwae_bound(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Tensor:
@@ -127,18 +140,39 @@ def iwae_bound(answer_logps: Tensor, proposal_correction: Tensor | None = None) 
     return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
 
 
+def expected_unique(logps: Tensor, proposal_correction: Tensor) -> Tensor:
+    r"""Distinct permutations that m independent draws from the selector would be expected to have, estimated from m
+    that were drawn otherwise: \\( \sum_z 1 - (1 - p(z))^m \\).
+
+    Args:
+        logps (`Tensor` of shape `(B, m)`):
+            \\( \log p(z_i) \\) in nats.
+        proposal_correction (`Tensor` of shape `(B, m)`):
+            \\( \log p(z_i) - \log q(z_i) \\) in nats.
+
+    Returns:
+        `Tensor` of shape `(B,)`: number of permutations.
+    """
+    num_permutations = logps.shape[-1]
+    drawn = -torch.expm1(num_permutations * torch.log1p(-logps.exp().clamp(max=1.0)))  # in m draws, at least once
+    return ((proposal_correction - logps).exp() * drawn).mean(dim=-1)
+
+
 def selector_coefficients(
     answer_logps: Tensor,
     proposal_correction: Tensor | None = None,
     temperature: float = 1.0,
     estimator: SelectorEstimator = "rws",
+    present_correction: Tensor | None = None,
 ) -> Tensor:
     r"""Constants \\( c_i \\) of the selector's loss \\( -\sum_i c_i \log p(z_i \mid x) \\).
 
     - `"rws"`: \\( c_i = w_i \\) (equation 8 of [4]). Its expectation tends to \\( \nabla \log p(y \mid x) \\), with
       a bias of \\( O(1/m) \\).
     - `"rws_centered"`: \\( w_i \\) minus the self-normalised \\( p(z_i)/q(z_i) \\), which is \\( 1/m \\) when q = p.
-      Then its expectation is that of `rws`, with far less noise.
+      Then its expectation is that of `rws`, with far less noise. In later updates on the same samples p is the
+      selector of that update: then the loss is the cross-entropy between the weights and the selector's own
+      probabilities over the samples, which has a minimum. With 1/m throughout it would have none.
     - `"vimco"`: \\( \hat L - \hat L_{-i} \\), the IWAE bound minus the one with sample i replaced by the geometric
       mean of the others. Its expectation is the gradient of the IWAE bound for every m of 2 or more. It needs q = p.
 
@@ -153,6 +187,9 @@ def selector_coefficients(
             Weight temperature, see [`importance_weights`].
         estimator (`str`, *optional*, defaults to `"rws"`):
             One of `"rws"`, `"rws_centered"`, `"vimco"`.
+        present_correction (`Tensor` of shape `(B, m)`, *optional*):
+            \\( \log p(z_i) - \log q(z_i) \\) in nats of the selector that is updated, where that is no longer the one
+            of `proposal_correction`.
 
     Returns:
         `Tensor` of shape `(B, m)`: `float32`. Rows of `rws` sum to 1, rows of `rws_centered` to 0.
@@ -172,8 +209,8 @@ def selector_coefficients(
         return weights
     # Under a tempered or truncated proposal the mean of the score function is not the plain average over samples
     # but the p/q-weighted one, so that is what has to be subtracted for the centring to remove noise and not signal.
-    prior = torch.zeros_like(weights) if proposal_correction is None else proposal_correction.float()
-    return weights - prior.softmax(dim=-1)
+    prior = proposal_correction if present_correction is None else present_correction
+    return weights - _log_prior(answer_logps, prior).softmax(dim=-1)
 
 
 def _vimco_coefficients(answer_logps: Tensor, proposal_correction: Tensor | None, temperature: float) -> Tensor:
@@ -193,6 +230,11 @@ def _vimco_coefficients(answer_logps: Tensor, proposal_correction: Tensor | None
     diagonal = torch.eye(num_permutations, dtype=torch.bool, device=log_weights.device)
     replaced = torch.where(diagonal, others_mean.unsqueeze(-1), log_weights.unsqueeze(-2))
     return log_weights.logsumexp(dim=-1, keepdim=True) - replaced.logsumexp(dim=-1)
+
+
+def _log_prior(answer_logps: Tensor, proposal_correction: Tensor | None) -> Tensor:
+    """Log of p/q, unnormalised, in float32."""
+    return torch.zeros_like(answer_logps.float()) if proposal_correction is None else proposal_correction.float()
 
 
 def _log_weights(answer_logps: Tensor, proposal_correction: Tensor | None) -> Tensor:

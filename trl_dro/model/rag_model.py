@@ -16,6 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
 from .control_tokens import end_token_id
+from .distinct import sample_distinct_permutations
+from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
@@ -94,9 +96,11 @@ class RAGModel:
         greedy: bool = False,
         seeds: Sequence[int] | None = None,
         read: ReadPrompts | None = None,
+        sampling: Sampling = "independent",
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~sampling.sample_permutations`].
+        Permutations drawn from the selector, see [`~sampling.sample_permutations`] and
+        [`~distinct.sample_distinct_permutations`].
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -113,6 +117,8 @@ class RAGModel:
                 Seed of each question's draws; drawn from the global generator by default.
             read ([`~shared_prefix.ReadPrompts`], *optional*):
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
+            sampling (`str`, *optional*, defaults to `"independent"`):
+                `"independent"`, or `"distinct"` for different permutations; nothing is drawn if `greedy`.
 
         Returns:
             [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
@@ -126,7 +132,10 @@ class RAGModel:
         def sample(rows: list[int]) -> list[PermutationSamples]:
             chosen = [questions[row] for row in rows]
             with torch.no_grad():
-                samples = sample_permutations(
+                draw: Callable[..., PermutationSamples] = partial(sample_permutations, greedy=greedy)
+                if sampling == "distinct" and not greedy:
+                    draw = sample_distinct_permutations
+                samples = draw(
                     self._packed("selector"),
                     self.codec,
                     self.read(chosen) if read is None else read,
@@ -134,9 +143,8 @@ class RAGModel:
                     num_permutations,
                     temperature,
                     top_p,
-                    greedy,
-                    [seeds[row] for row in rows],
-                    [self.document_logits(question) for question in chosen],
+                    seeds=[seeds[row] for row in rows],
+                    document_logits=[self.document_logits(question) for question in chosen],
                 )
             return [PermutationSamples(*tensors) for tensors in zip(*samples, strict=True)]
 

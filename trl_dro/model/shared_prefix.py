@@ -227,10 +227,14 @@ class PackedModel:
         return ReadPrompts(prompts, begun, cache, Columns(torch.zeros_like(positions), positions), logits)
 
     def extend(
-        self, read: ReadPrompts, tokens: Sequence[Sequence[Sequence[int]]], positions: Sequence[Sequence[int]]
+        self,
+        read: ReadPrompts,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        positions: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> tuple[Tensor, ReadPrompts]:
         """
-        Continues each prompt in several ways, which do not see each other.
+        Continues each prompt in several ways, which do not see each other unless they go on from one another.
 
         Args:
             read ([`ReadPrompts`]):
@@ -239,13 +243,17 @@ class PackedModel:
                 New token ids of each continuation, or none.
             positions (`list[list[int]]` of shape `(B, S)`):
                 Position of the first new token of each.
+            parents (`list[list[list[int]]]` of shape `(B, S)`, *optional*):
+                Earlier continuations that each goes on from. By default each goes on from itself alone.
 
         Returns:
             `tuple[Tensor, ReadPrompts]`: predictions after the last new token of each continuation that has any,
             `(N, V)`, and what is read now.
         """
         rows, wanted = [], []
-        for prompt, begun, continuations, starts in zip(read.prompts, read.begun, tokens, positions, strict=True):
+        for b, (prompt, begun) in enumerate(zip(read.prompts, read.begun, strict=True)):
+            continuations, starts = tokens[b], positions[b]
+            ancestors = [[] for _ in starts] if parents is None else parents[b]
             row = SharedTokens([], [], [], [], [])
             shared = len(prompt) + len(begun)
             for s, (new, start) in enumerate(zip(continuations, starts, strict=True)):
@@ -253,7 +261,8 @@ class PackedModel:
                 row.tokens.extend(new)
                 row.owners.extend([s] * len(new))
                 row.positions.extend(range(start, start + len(new)))
-                row.common.append([start + len(new) if s == a else shared for a in range(len(starts))])
+                seen = {s, *ancestors[s]}
+                row.common.append([start + len(new) if a in seen else shared for a in range(len(starts))])
             rows.append(row)
             wanted.append([path[-1:] for path in row.paths])
         return self._run(rows, wanted, read)

@@ -7,15 +7,17 @@ from typing import Any, get_args
 import torch
 
 from .._trl_compat import _BaseConfig
-from ..model.importance import SelectorEstimator
+from ..model.importance import Sampling, SelectorEstimator
 from ..model.permutation import SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from .estimation import AnswerTarget
+from .ranges import check_numbers
 
 
 _CHOICES = {
     "answer_likelihood": ["sum", "mean"],
     "answer_target": list(get_args(AnswerTarget)),
+    "sampling": list(get_args(Sampling)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
 }
@@ -75,6 +77,9 @@ class DROConfig(_BaseConfig):
 
         num_permutations (`int`, *optional*, defaults to `8`):
             Permutations sampled per question, m.
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How they are drawn: `"independent"` of each other, so that some are equal, or `"distinct"`, without
+            replacement, by stochastic beam search. Both are corrected for in the importance weights.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the sampling. Other values are corrected for in the importance weights.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -140,7 +145,8 @@ class DROConfig(_BaseConfig):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
         collapse_threshold (`float`, *optional*, defaults to `0.25`):
-            Warn once when the share of distinct permutations among those sampled falls below this.
+            Warn once when the share of distinct permutations among those sampled falls below this. With
+            `sampling="distinct"`: the share that independent draws would be expected to have.
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
@@ -209,6 +215,13 @@ class DROConfig(_BaseConfig):
 
     # E-step
     num_permutations: int = field(default=8, metadata={"help": "Permutations sampled per question, m."})
+    sampling: str = field(
+        default="independent",
+        metadata={
+            "help": "How permutations are drawn: independent of each other, or distinct, without replacement.",
+            "choices": _CHOICES["sampling"],
+        },
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature, corrected for in the importance weights."}
     )
@@ -317,6 +330,7 @@ class DROConfig(_BaseConfig):
         return {name: value.__qualname__ if callable(value) else value for name, value in values.items()}
 
     def _check_ranges(self) -> None:
+        check_numbers(self)
         at_least = {
             "num_selected": 1,
             "num_permutations": 1,
@@ -332,6 +346,9 @@ class DROConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        for name in ("selector_learning_rate", "generator_learning_rate", "collapse_threshold"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0")
         for name in ("temperature", "weight_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0 (evaluation is greedy by itself)")
@@ -363,10 +380,21 @@ class DROConfig(_BaseConfig):
                 "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
             )
         if self.selector_estimator == "vimco":
+            if self.steps_per_estimation != 1 or self.maximization_epochs != 1:
+                raise ValueError(
+                    "selector_estimator='vimco' is a gradient at the selector that drew the permutations; followed "
+                    "over several updates it has no minimum: set steps_per_estimation=1 and maximization_epochs=1, or "
+                    "choose rws_centered or rws"
+                )
             if self.num_permutations < 2:
                 raise ValueError(
                     "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
                     "or more"
+                )
+            if self.sampling == "distinct":
+                raise ValueError(
+                    "selector_estimator='vimco' needs independent permutations: set sampling='independent', or choose "
+                    "rws or rws_centered"
                 )
             if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
                 raise ValueError(

@@ -325,7 +325,8 @@ class DROTrainer(RoleTrainer):
             logps = self._loss_forward(role, estimate, questions, rows, model)
             if estimate.answer_logps is None:  # these are the generator's, of the very weights that the E-step has
                 estimate.answer_logps = logps.detach()
-            weights = self._weigh(estimate)
+            moved = role == "selector" and not self._estimates_serve_once
+            weights = self._weigh(estimate, logps.detach() if moved else None)
             coefficients = weights.generator if role == "generator" else weights.selector
             counted = weights.usable & estimate.counted
             broken = logps.isnan().any(dim=-1)
@@ -370,9 +371,9 @@ class DROTrainer(RoleTrainer):
             logps = self._answer_logps(chosen, targets, permutations, wrapped)
             return torch.where(kept, logps, estimate.answer_logps[rows])
 
-    def _weigh(self, estimate: Estimate) -> Weights:
+    def _weigh(self, estimate: Estimate, selector_logps: Tensor | None = None) -> Weights:
         args = self.args
-        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor)
+        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor, selector_logps)
 
     def _sample(
         self,
@@ -383,7 +384,8 @@ class DROTrainer(RoleTrainer):
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
-        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
+        how: dict[str, Any] = {"seeds": seeds, "read": read, "sampling": self.args.sampling}
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, **how)
         if self.args.selector_likelihood == "constrained":
             return samples
         logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
@@ -401,7 +403,7 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
+        for name, values in estimate.statistics(weights, self.args.tiny_likelihood, self.args.sampling).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
         self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
@@ -414,7 +416,8 @@ class DROTrainer(RoleTrainer):
             # With few documents there are fewer permutations than samples.
             num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
             most = min(self.args.num_permutations, num_possible)
-            self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
+            unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
+            self._warn_of_collapse(unique / most)
             if self._shown_permutations and self.is_world_process_zero():
                 keep_permutations(
                     self._shown_permutations,
@@ -477,7 +480,7 @@ class DROTrainer(RoleTrainer):
         _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
         samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
-        return answers, scores | score_bounds(answer_logps, samples.correction)
+        return answers, scores | score_bounds(answer_logps, samples.correction, self.args.sampling)
 
     # What a run that resumes in the middle of a block needs of its E-step
 

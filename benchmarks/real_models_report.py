@@ -1,0 +1,133 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""Table and figure of what `real_models.py` collects, with tests over the pooled questions of all seeds."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from trl_dro.metrics import bootstrap_interval, paired_permutation_test  # noqa: E402
+
+
+Row = dict[str, Any]
+
+
+def read_rows(out: Path) -> list[Row]:
+    """Lines of `results.jsonl` in `out`."""
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def system(arm: str, name: str) -> str:
+    """Score of the system as it would be used: `sft` has no selector of its own."""
+    return f"{name}_retriever" if arm == "sft" else name
+
+
+def by_arm(rows: list[Row], out: Path) -> dict[str, dict[int, list[Row]]]:
+    """Rows of questions by arm and seed."""
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        path = out / "runs" / row["run"] / "questions.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found.setdefault(row["arm"], {})[row["seed"]] = [json.loads(line) for line in lines]
+    return found
+
+
+def compared(scores: list[float], baseline: list[float]) -> str:
+    """Difference of two systems on the same questions in points, its 95% interval, and p."""
+    differences = [100 * (a - b) for a, b in zip(scores, baseline, strict=True)]
+    low, high = bootstrap_interval(differences)
+    p = paired_permutation_test(scores, baseline)
+    return f"{mean(differences):+.1f} [{low:+.1f}, {high:+.1f}] p={p:.3f}"
+
+
+def pooled(questions: dict[int, list[Row]], seeds: list[int], name: str) -> list[float]:
+    return [float(row[name]) for seed in seeds for row in questions[seed]]
+
+
+def result_table(rows: list[Row], out: Path) -> Table:
+    """One line per arm: means over questions and seeds, EM against `sft`, Recall@K against the retriever."""
+    questions = by_arm(rows, out)
+    top = max(int(name.split("@")[1]) for name in rows[0] if name.startswith("recall@"))
+    table = Table(box=box.MARKDOWN)
+    for heading in (
+        *("arm", "seeds", "EM", "F1", "EM, retriever's order", "Recall@1", f"Recall@{top}"),
+        *(f"Recall@{top} against the retriever", "EM against sft", "bound", "ESS", "processor min"),
+    ):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm, of_seed in questions.items():
+        seeds = sorted(of_seed)
+        own = [row for row in rows if row["arm"] == arm]
+
+        def percent(name: str, of_seed=of_seed, seeds=seeds) -> str:
+            return f"{100 * mean(pooled(of_seed, seeds, name)):.1f}"
+
+        against = ""
+        if arm != "sft" and "sft" in questions and (both := sorted(of_seed.keys() & questions["sft"].keys())):
+            baseline = pooled(questions["sft"], both, system("sft", "em"))
+            against = compared(pooled(of_seed, both, system(arm, "em")), baseline)
+        recall, retriever = (pooled(of_seed, seeds, f"{who}recall@{top}") for who in ("", "retriever_"))
+        table.add_row(
+            *(arm, str(len(seeds)), percent(system(arm, "em")), percent(system(arm, "f1")), percent("em_retriever")),
+            *("" if arm == "sft" else percent(f"recall@{k}") for k in (1, top)),
+            "" if arm == "sft" else compared(recall, retriever),
+            against,
+            *(f"{mean(row[name] for row in own):.2f}" if name in own[0] else "" for name in ("iwae_bound", "ess")),
+            f"{mean(row['train_seconds'] + row['eval_seconds'] for row in own) / 60:.1f}",
+        )
+    first = next(iter(questions.values()))
+    recalls = [f"{100 * mean(pooled(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
+    table.add_row("retriever", "", "", "", "", *recalls, *[""] * 5)
+    return table
+
+
+def result_figure(rows: list[Row], out: Path) -> plt.Figure:
+    """Bound of the training questions by update, and EM and recall of every arm."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
+    for row in rows:
+        curve = [(point["step"], point["iwae_bound"]) for point in row["curve"] if "iwae_bound" in point]
+        if curve:
+            left.plot(*zip(*curve, strict=True), label=f"{row['arm']}, seed {row['seed']}")
+    left.set(xlabel="update", ylabel="bound of training questions, nats")
+    if left.lines:
+        left.legend(fontsize=7)
+    questions = by_arm(rows, out)
+    for i, (arm, of_seed) in enumerate(questions.items()):
+        values = [100 * v for v in pooled(of_seed, sorted(of_seed), system(arm, "em"))]
+        low, high = bootstrap_interval(values)
+        error = [[mean(values) - low], [high - mean(values)]]
+        right.bar(i, mean(values), yerr=error, capsize=3)
+    right.set(ylabel="EM, % (95% interval over questions)")
+    right.set_xticks(range(len(questions)), list(questions), rotation=20, fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def write_report(rows: list[Row], out: Path) -> list[Path]:
+    """
+    Prints the table and writes `table.md` and `figure.png`.
+
+    Args:
+        rows (`list[dict]`): lines of `results.jsonl`, at least one.
+        out (`Path`): folder, with the rows of each run's questions in `runs/`.
+
+    Returns:
+        `list[Path]`: what was written.
+    """
+    table = result_table(rows, out)
+    Console(width=260).print(table)
+    with (out / "table.md").open("w", encoding="utf-8") as file:
+        Console(file=file, width=260).print(table)
+    figure = result_figure(rows, out)
+    figure.savefig(out / "figure.png", dpi=130)
+    plt.close(figure)
+    return [out / "table.md", out / "figure.png"]

@@ -1,0 +1,88 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+QUICK = ["--quick", "--bound_permutations", "2"]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need trl_dro[plots]")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder in which the warm start and SFT on the retriever's documents have run."""
+    pytest.importorskip("matplotlib", reason="figures need trl_dro[plots]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        from real_models import main
+
+        out = tmp_path_factory.mktemp("real_models")
+        main([*QUICK, "--out", str(out), "--arms", "sft", "warm_start"])
+    return out
+
+
+def test_runs_start_from_one_warm_start_and_are_not_repeated(finished, monkeypatch):
+    import real_models
+
+    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert sorted(row["arm"] for row in rows) == ["sft", "warm_start"]
+    assert all(row["questions"] == 3 and 0 <= row["em"] <= 1 and row["iwae_bound"] < 0 for row in rows)
+    assert len(list((finished / "runs").iterdir())) == 2
+    table = (finished / "table.md").read_text()
+    assert "EM against sft" in table and "| retriever" in table and (finished / "figure.png").stat().st_size > 5000
+    monkeypatch.setattr(real_models.Run, "trained", None)  # would be an error
+    real_models.main([*QUICK, "--out", str(finished), "--arms", "warm_start", "sft"])
+    assert len((finished / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_training_settings_do_not_make_another_warm_start(finished):
+    from real_models import Settings
+
+    before, after = Settings(), Settings(updates=9, generator_learning_rate=1.0, num_permutations=2)
+    assert before.of_arm("warm_start") == after.of_arm("warm_start")
+    assert before.of_arm("joint") != after.of_arm("joint")
+    assert before.of_arm("warm_start") != Settings(warmup_teacher="retriever").of_arm("warm_start")
+
+
+def test_taught_gradient_is_that_of_the_teachers_permutation_and_answer(finished):
+    from real_models import QUICK as SMALL
+    from real_models import Run, Settings, TaughtTrainer, load_data, teacher_ranking
+
+    settings = Settings(quick=True, out=str(finished), **SMALL)
+    train, evaluated = load_data(settings)
+    record = train[0]
+    texts = [record["documents"][rank]["text"] for rank in teacher_ranking(record, "relevant")]
+    holds = [record["answers"][0] in text for text in texts]
+    assert holds == sorted(holds, reverse=True)
+
+    class Watched(TaughtTrainer):
+        def _backward(self, logps):
+            seen.append(logps.detach())
+            return super()._backward(logps)
+
+    seen: list = []
+    run = Run(settings, "decoupled", 0, train, evaluated)
+    trainer, _, _ = run.train(Watched, train, {}, None, "watched")
+    assert len(seen) == 8 and all(torch.isfinite(logps).all() and (logps < 0).all() for logps in seen)
+    # Of the adapters that began at zero, both have moved.
+    for role in ("selector", "generator"):
+        moved = [p for n, p in trainer.roles.named_parameters(role) if "lora_B" in n]
+        assert any(p.abs().sum() > 0 for p in moved)
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--arms", "best"], "choose among warm_start"), (["--evaluate_on", "dev"], "report or")]
+)
+def test_wrong_settings_are_told_in_one_line(arguments, message):
+    from real_models import main
+
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
