@@ -12,12 +12,11 @@ from trl import ModelConfig, SFTConfig
 
 from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.commands import warmup
-from trl_dro.commands.warmup import WarmUpArguments, warm_up
+from trl_dro.commands.warmup import WarmUpArguments, WarmUpTrainer, warm_up
 from trl_dro.demo.tiny import SELECTOR_TEMPLATE, TINY_MODEL
 from trl_dro.demo.world import synthetic_world
 from trl_dro.model.prompts import PromptBuilder
 from trl_dro.model.roles import ROLES
-from trl_dro.trainer.warmup import WarmUpTrainer
 
 from ..tiny_models import TOKENIZERS
 

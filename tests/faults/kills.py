@@ -4,7 +4,7 @@ Kills every resumable command at random moments, runs it again, and compares wha
 call leaves; then starts it twice at once into one folder:
 
 ```bash
-python -m tests.faults.kills --kills 20 --rounds 4
+python -m tests.faults.kills --kills 20
 ```
 """
 
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -109,28 +108,30 @@ def finish(process: multiprocessing.Process, log: Path) -> None:
         raise AssertionError(f"exit code {process.exitcode}: {log.read_text()[-2000:]}")
 
 
-def kill_and_compare(command: str, folder: Path, kills: int, rounds: int, draw: random.Random) -> dict[str, int]:
-    """How many kills met the command at work, and how many of the rounds ended with the undisturbed result."""
+def kill_and_compare(command: str, folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
+    """
+    Kills a command at random moments and runs it again, in a new folder whenever it comes to its end in between: how
+    many folders there were, and how many of them hold the undisturbed result.
+    """
     reference, log = folder / command, folder / f"{command}.log"
     begin = time.monotonic()
     finish(start(arguments(command, folder, reference), log), log)
     seconds = time.monotonic() - begin
     expected = RESULTS[command](reference)
-    counts = {"kills": 0, "equal": 0, "rounds": rounds}
-    for number in range(rounds):
-        out = folder / f"{command}-{number}"
-        killed, attempts = 0, 0
-        while killed < kills // rounds and attempts < 3 * kills:
-            attempts += 1
-            process = start(arguments(command, folder, out), log)
-            time.sleep(draw.uniform(0, seconds))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                killed += process.exitcode == -signal.SIGKILL
-        finish(start(arguments(command, folder, out), log), log)
-        counts["kills"] += killed
-        counts["equal"] += RESULTS[command](out) == expected
+    counts = {"kills": 0, "folders": 0, "equal": 0}
+    while counts["kills"] < kills:
+        counts["folders"] += 1
+        words = arguments(command, folder, folder / f"{command}-{counts['folders']}")
+        while counts["kills"] < kills:
+            process = start(words, log)
+            process.join(draw.uniform(0, seconds))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            counts["kills"] += 1
+        finish(start(words, log), log)
+        counts["equal"] += RESULTS[command](folder / f"{command}-{counts['folders']}") == expected
     return counts
 
 
@@ -152,22 +153,23 @@ def two_at_once(command: str, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="of each command")
-    parser.add_argument("--rounds", type=int, default=4, help="in which they are dealt, each with a folder of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", default=["warmup", "train", "evaluate", "predict", "retrieve"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
-        print("| command | kills | rounds that ended equal | two at once |\n|---|---|---|---|", flush=True)
+        print("| command | kills | equal results | two at once |\n|---|---|---|---|", flush=True)
         for command in dict.fromkeys(["warmup", *args.commands]):  # whose system the others ask
             if command not in args.commands:
                 log = folder / "warmup.log"
                 finish(start(arguments("warmup", folder, folder / "warmup"), log), log)
                 continue
-            counts = kill_and_compare(command, folder, args.kills, args.rounds, random.Random(args.seed))
+            counts = kill_and_compare(command, folder, args.kills, random.Random(args.seed))
             twice = two_at_once(command, folder)
-            print(f"| {command} | {counts['kills']} | {counts['equal']} of {counts['rounds']} | {twice} |", flush=True)
+            print(
+                f"| {command} | {counts['kills']} | {counts['equal']} of {counts['folders']} | {twice} |", flush=True
+            )
 
 
 if __name__ == "__main__":

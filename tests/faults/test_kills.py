@@ -20,6 +20,6 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("command", ["warmup", *sorted(RESULTS.keys() - {"warmup"})])  # whose system the others ask
 def test_a_killed_command_ends_as_an_undisturbed_one_and_two_never_mix(folder, command):
-    counts = kill_and_compare(command, folder, kills=2, rounds=1, draw=random.Random(1))
-    assert counts == {"kills": 2, "equal": 1, "rounds": 1}
+    counts = kill_and_compare(command, folder, kills=2, draw=random.Random(1))
+    assert counts["kills"] == 2 and counts["equal"] == counts["folders"]
     assert two_at_once(command, folder) in ("one is refused", "one waits")

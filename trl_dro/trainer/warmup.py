@@ -2,33 +2,20 @@
 """Examples from which SFT warms up the two roles before DRO, in the very tokens that DRO uses."""
 
 import hashlib
-import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 from ..data.lines import read_jsonl
 from ..data.schema import DatasetError, Document, Record
-from ..data.storage import different
 from ..evaluation.scoring import is_relevant
 from ..model.codec import PermutationCodec, parse_permutation
 from ..model.prompts import PromptBuilder, answer_ids
-from .run import Identity, RunTrainer, checkpoints_of_run, read_run
 
-
-# What a warm-up is known by, beside its examples and its base.
-_IDENTIFYING_SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("weight_decay", "max_grad_norm", "optim", "lr_scheduler_type", "warmup_steps", "seed", "data_seed"),
-)
 
 _PASSAGE = re.compile(r"^\[(\d+)\] *(.*\S) *$", re.MULTILINE)
 _QUERY = re.compile(r"^Search Query: *(.+?) *$", re.MULTILINE)
@@ -151,70 +138,6 @@ def generator_examples(records: Iterable[Record], prompts: PromptBuilder) -> Dat
 
 def _example(prompt: list[int], completion: list[int]) -> dict[str, list[int]]:
     return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
-
-
-class WarmUpTrainer(RunTrainer, SFTTrainer):
-    """
-    `SFTTrainer` of one role, which stops, resumes and is known as a run of DRO is.
-
-    Args:
-        known_by (`dict`):
-            Beside the training arguments, what tells this warm-up from others.
-        kwargs:
-            Passed to [`~trl.SFTTrainer`].
-    """
-
-    weights_in = (".",)
-    how_to_resume = "the same command goes on from there"
-
-    def __init__(self, known_by: Identity, **kwargs: Any):
-        self.known_by = known_by
-        super().__init__(**kwargs)
-
-    def identity(self) -> Identity:
-        return warm_up_identity(self.args, self.known_by)
-
-
-def warm_up_identity(args: TrainingArguments, known_by: Identity) -> Identity:
-    """What a role's warm-up is known by, in its `run.json`."""
-    settings = {name: getattr(args, name) for name in _IDENTIFYING_SETTINGS}
-
-    def plain(value: Any) -> Any:
-        return sorted(value) if isinstance(value, set) else str(value)
-
-    identity: Identity = json.loads(json.dumps({**settings, **known_by}, default=plain))
-    return identity
-
-
-def warm_up_role(args: SFTConfig, known_by: Identity, make: Callable[[], WarmUpTrainer]) -> None:
-    """
-    Trains a role into `args.output_dir`, unless that is done, and from where it was stopped if it was.
-
-    Args:
-        args ([`~trl.SFTConfig`]):
-            Training.
-        known_by (`dict`):
-            See [`WarmUpTrainer`].
-        make (`Callable`):
-            Makes the trainer, which loads the model.
-
-    Raises:
-        `ValueError`: the folder holds another warm-up.
-    """
-    folder = Path(str(args.output_dir))
-    before = read_run(folder)
-    begun = bool(before.get("finished") or checkpoints_of_run(folder))
-    identity = warm_up_identity(args, known_by)
-    if begun and (difference := different({name: before.get(name) for name in identity}, identity)):
-        raise ValueError(f"{folder} holds a warm-up with {difference}: name another output_dir, or delete that folder")
-    if before.get("finished"):
-        if args.should_save:
-            print(f"{folder} is warmed up already.")
-        return
-    trainer = make()
-    trainer.train(resume_from_checkpoint=begun or None)
-    trainer.save_model()
-    trainer.finish()
 
 
 def examples_key(examples: Dataset) -> str:
