@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, SFTConfig, TrlParser
 
 from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.commands import warmup
@@ -18,10 +18,7 @@ from trl_dro.demo.world import synthetic_world
 from trl_dro.model.prompts import PromptBuilder
 from trl_dro.model.roles import ROLES
 
-from ..tiny_models import TOKENIZERS
-
-
-NUM_SELECTED = 3
+from ..trainer.test_dro_trainer import make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -29,29 +26,8 @@ def records():
     return synthetic_world(40, 1, num_documents=8)[0].to_list()
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def tokenizer(request):
-    return TOKENIZERS[request.param]()
-
-
-def completion(row):
-    return [token for token, counts in zip(row["input_ids"], row["completion_mask"], strict=True) if counts]
-
-
 def prompt(row):
     return row["input_ids"][: row["completion_mask"].index(1)]
-
-
-PROMPT = (
-    "I will provide you with 4 passages, each indicated by number identifier [].\n"
-    "[1] about Paris\n[2] about Rome, [7] hills\n[3] about Oslo\n[4] about Bern\n"
-    "Search Query: which city has hills?.\nRank the 4 passages above."
-)
-
-
-def conversation(ranking, prompt=PROMPT):
-    turns = [("system", "You are a ranker."), ("human", prompt), ("gpt", ranking)]
-    return {"id": "1", "conversations": [{"from": name, "value": value} for name, value in turns]}
 
 
 def test_dry_run_counts_what_it_would_train_on_and_trains_nothing(records, tmp_path, monkeypatch, capsys):
@@ -152,3 +128,22 @@ def test_another_warm_up_is_not_taken_for_the_one_in_the_folder(whole, data, mon
 
 def test_a_warm_up_is_a_system_that_is_asked_as_it_was_warmed_up(whole):
     assert RAGPipeline.from_pretrained(whole, options=LoadOptions(device="cpu")).config.num_selected == 3
+
+
+def parse(tmp_path, *arguments):
+    make_dataset(4).save_to_disk(tmp_path / "data")
+    parser = TrlParser((WarmUpArguments, SFTConfig, ModelConfig))
+    flags = ["--dataset_name", str(tmp_path / "data"), "--num_selected", "2", "--dry_run", "--use_cpu", *arguments]
+    return parser.parse_args_and_config([*flags, "--output_dir", str(tmp_path / "sft"), "--report_to", "none"])
+
+
+def test_answers_are_limited_by_the_setting_that_dro_has(tmp_path, capsys):
+    warm_up(*parse(tmp_path, "--max_answer_length", "64"))
+    assert "Warm-up examples" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"row 0, column answers\[0\]: has \d+ tokens, more than max_answer_length=1"):
+        warm_up(*parse(tmp_path, "--max_answer_length", "1"))
+
+
+def test_a_length_that_would_be_overwritten_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--max_length 99 would cut .* set --max_document_length"):
+        warm_up(*parse(tmp_path, "--max_length", "99"))

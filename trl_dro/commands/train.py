@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..data import load_records, read_corpus, read_questions, validate_dataset
 from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
+from ..model.loading import refuse_file
 from ..model.roles import load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
@@ -137,6 +138,8 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
         `ValueError`: settings cannot work together.
     """
     set_seed(training_args.seed)
+    for name in (model_args.model_name_or_path, args.selector_model_name_or_path):
+        refuse_file(name)
     model = model_args.model_name_or_path or tiny_model_for(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -21,7 +21,8 @@ from ..data.schema import validate_dataset
 from ..data.storage import alone_in, different
 from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
-from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
+from ..model.loading import refuse_file
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
 from ..model.roles import ROLES
 from ..system.rag_config import RAGConfig
 from ..system.run_folder import files_key
@@ -66,6 +67,8 @@ class WarmUpArguments(LaunchArguments):
             Candidates shown to the selector, n.
         max_document_length (`int`, *optional*):
             Longest document in tokens.
+        max_answer_length (`int`, *optional*):
+            Longest answer in tokens: a longer one is refused, as DRO will refuse it.
         selector_template (`str`):
             Selector prompt, as in [`~dro_config.DROConfig`].
         generator_template (`str`):
@@ -83,6 +86,9 @@ class WarmUpArguments(LaunchArguments):
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     max_document_length: int | None = field(default=None, metadata={"help": "Longest document in tokens."})
+    max_answer_length: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens: a longer one is refused, as DRO will refuse it."}
+    )
     selector_template: str = field(default=SELECTOR_TEMPLATE, metadata={"help": "Selector prompt, as in DROConfig."})
     generator_template: str = field(default=GENERATOR_TEMPLATE, metadata={"help": "Generator prompt."})
     dry_run: bool = field(
@@ -92,7 +98,7 @@ class WarmUpArguments(LaunchArguments):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)
-        check_range(self, ["num_selected", "max_document_length"], 1)
+        check_range(self, ["num_selected", "max_document_length", "max_answer_length"], 1)
         check_range(self, ["max_candidates"], self.num_selected)
 
 
@@ -113,7 +119,13 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         `DatasetError`: the data or the teacher's rankings cannot be used.
     """
     check_numbers(sft_args)
+    if sft_args.max_length not in (None, SFTConfig.max_length):
+        raise ValueError(
+            f"--max_length {sft_args.max_length} would cut examples at their end, where the answer is: set "
+            "--max_document_length, which cuts documents"
+        )
     model_args.use_peft = True
+    refuse_file(model_args.model_name_or_path)
     model = model_args.model_name_or_path or tiny_model_for(args)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
     if tokenizer.pad_token is None:
@@ -176,6 +188,8 @@ def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, see
     }
     dataset = load_records(args.dataset_name, args.dataset_train_split)
     validate_dataset(dataset, args.num_selected, args.dataset_name)
+    if args.max_answer_length is not None:
+        check_lengths(dataset, args.dataset_name, [], tokenizer, args.max_answer_length, all_answers=False)
     records: list[Any] = [
         {**record, "documents": record["documents"][: args.max_candidates]} for record in dataset.to_list()
     ]

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """What a model can read and what it is asked, known before its weights are loaded."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -9,6 +10,13 @@ from .codec import PermutationCodec
 from .prompts import PromptBuilder, Template
 from .roles import ROLES, Role
 from .shared_prefix import check_layers
+
+
+def refuse_file(name: str | Path | None) -> None:
+    """Raises `ValueError` if a model is named by a file: models are folders and repos, GGUF files not among them."""
+    if name is not None and Path(name).is_file():
+        what = "a GGUF file, for llama.cpp" if str(name).endswith(".gguf") else "a file"
+        raise ValueError(f"{name} is {what}: name the model it was made from, a folder with config.json or a Hub id")
 
 
 def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

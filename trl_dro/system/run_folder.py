@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.lines import first_line
 from ..data.storage import content_key, file_key
 from ..model.codec import PermutationCodec
-from ..model.loading import longest_sequence, prepare_tokenizer
+from ..model.loading import longest_sequence, prepare_tokenizer, refuse_file
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
 from .rag_config import CONFIG_FILE, RAGConfig
@@ -100,6 +100,7 @@ def find_role(
     Raises:
         `ValueError`: there is no such folder or repo, it cannot be reached, or the adapter's base is unknown.
     """
+    refuse_file(name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(("./", "../", "~")):

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def permutation_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _heading(document: dict[str, Any]) -> str:
+    """What a document is called: its title, its id, or how it begins."""
+    return document.get("title") or document.get("id") or textwrap.shorten(document["text"], 40, placeholder=" …")
+
+
 def permutation_rows(
     step: int,
     questions: Sequence[dict[str, Any]],
@@ -135,7 +141,7 @@ def permutation_rows(
             "question": question_text(question["question"]),
             "answer": target[0],
             "permutation": PermutationCodec.text(permutation),
-            "titles": [question["documents"][i - 1].get("title") or "" for i in permutation],
+            "titles": [_heading(question["documents"][i - 1]) for i in permutation],
             "logp": logp,
             "answer_logp": answer_logp,
             "weight": weight,
