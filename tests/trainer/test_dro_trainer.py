@@ -943,3 +943,38 @@ def test_selector_is_trained_with_the_estimator_asked_for(make_trainer, monkeypa
     run_step(trainer)
     norm = gradients(trainer, "selector").norm().item()
     assert norm > 0.1 if estimator == "rws" else norm < 1e-4
+
+
+def test_an_alias_of_the_same_tokens_counts_once(make_trainer):
+    trainer = make_trainer()
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        once, again = (
+            trainer.rag.answer_logps([record], [targets], ALL_12[None]) for targets in (["Anna"], ["Anna", "Anna"])
+        )
+    torch.testing.assert_close(again, once)
+
+
+@pytest.mark.parametrize("name", ["data_collator", "model_init", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_arguments_without_a_meaning_here_are_refused_with_the_reason(name):
+    with pytest.raises(TypeError, match=f"DROTrainer takes no `{name}`: ") as error:
+        DROTrainer("no/such-model", **{name: print})
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_ones_own_stand_beside_the_others(make_trainer, tokenizer):
+    dataset = make_dataset(3)
+
+    def length(predictions, records):
+        assert [record["question"] for record in records] == dataset["question"]
+        return {"characters": sum(map(len, predictions)) / len(records)}
+
+    trainer = make_trainer(eval_dataset=dataset)
+    trainer.compute_metrics = length
+    metrics = trainer.evaluate()
+    answers = trainer.predict(dataset).predictions
+    assert metrics["eval_characters"] == pytest.approx(sum(map(len, answers)) / 3) and "eval_em" in metrics
+    for returned, message in (({"em": 1.0}, "'em', which"), ([1.0], "returned list"), ({"a": "b"}, "a='b': it must")):
+        trainer.compute_metrics = lambda predictions, records, returned=returned: returned
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate()

@@ -246,7 +246,7 @@ class RAGModel:
             questions (`list[dict]` of length `B`):
                 Questions with their documents.
             targets (`list[list[str]]` of length `B`):
-                Answers of each question; the likelihoods of several are added up.
+                Answers of each question; the likelihoods of those that differ in their tokens are added up.
             permutations (`Tensor` of shape `(B, m, K)`):
                 Places in `documents`, from 1.
             mean (`bool`, *optional*, defaults to `False`):
@@ -259,10 +259,14 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         tokenizer = self.tokenizers["generator"]
+        # An alias that is written in the same tokens as another is the same answer and counts once.
+        aliases = [
+            list(dict.fromkeys(tuple(answer_ids(tokenizer, target)) for target in question)) for question in targets
+        ]
         groups: list[list[tuple[list[int], list[int]]]] = [[] for _ in questions]
         for question, permutation in pairs:
             prompt = self._generator_prompt(questions[question], permutation)
-            groups[question] += [(prompt, answer_ids(tokenizer, target)) for target in targets[question]]
+            groups[question] += [(prompt, list(answer)) for answer in aliases[question]]
         together = [len(share_prefixes([prompt + answer for prompt, answer in group]).tokens) for group in groups]
         apart = [len(prompt) + len(answer) for group in groups for prompt, answer in group]
         if self._forward_flops("generator", apart) <= self._forward_flops("generator", together):
@@ -276,8 +280,8 @@ class RAGModel:
             return completion_logps(logits, mean).split([len(group) for group in chosen])
 
         logps = torch.cat(self._in_chunks(score, lengths))
-        aliases = logps.split([len(targets[question]) for question, _ in pairs])
-        return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
+        per_pair = logps.split([len(aliases[question]) for question, _ in pairs])
+        return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in per_pair])[inverse]
 
     def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         """

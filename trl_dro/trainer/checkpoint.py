@@ -114,6 +114,7 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None  # what all processes stop for
         self.received_at = 0.0  # seconds of the monotonic clock
+        self.under_way = "this update"
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -138,9 +139,11 @@ class StopOnSignal(TrainerCallback):
             return
         self.received, self.received_at = signal.Signals(number), time.monotonic()
         # os.write, because a print that was interrupted by the signal cannot be entered again.
-        os.write(
-            2, f"\n{self.received.name}: saving a checkpoint after this update; again to exit at once.\n".encode()
-        )
+        message = f"{self.received.name}: saving a checkpoint after {self.under_way}; again to exit at once."
+        os.write(2, f"\n{message}\n".encode())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.under_way = f"update {state.global_step + 1} of {state.max_steps}"
 
     def on_step_end(self, args, state, control, **kwargs):
         agreed = self.received

@@ -21,6 +21,13 @@ _CHOICES = {
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
 }
+# Settings of transformers that nothing here heeds: name, value that asks for nothing, reason.
+_IGNORED = (
+    ("label_smoothing_factor", 0.0, "DRO weighs likelihoods, and smoothed labels give none"),
+    ("neftune_noise_alpha", None, "likelihoods under noise would be noise in the importance weights"),
+    ("train_sampling_strategy", "random", "questions come in random order, block by block"),
+    ("include_num_input_tokens_seen", "no", "tokens are logged as tokens_per_second"),
+)
 
 
 @dataclass
@@ -304,6 +311,8 @@ class DROConfig(_BaseConfig):
         # TRL's default of bf16 is an error on a machine without an accelerator.
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to load, and torch warns
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
@@ -375,6 +384,9 @@ class DROConfig(_BaseConfig):
             raise ValueError("train_selector and train_generator are both False: there is nothing to train")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the questions and documents: leave it False")
+        for name, neutral, reason in _IGNORED:
+            if getattr(self, name) not in (neutral, None):
+                raise ValueError(f"{name}={getattr(self, name)!r}: {reason}; leave it {neutral!r}")
         if self.answer_target == "all" and self.answer_likelihood == "mean":
             raise ValueError(
                 "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"

@@ -2,9 +2,9 @@
 import math
 import textwrap
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -34,8 +34,8 @@ from .estimation import (
     save_estimates,
     significant_permutations,
 )
-from .inputs import check_inputs, load_roles, refuse_unsupported
-from .logs import keep_permutations, permutation_rows
+from .inputs import check_inputs, load_roles, own_scores, refuse_arguments, refuse_unsupported
+from .logs import keep_permutations, permutation_rows, warn_of_collapse
 from .role_trainer import RoleTrainer
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 
@@ -89,6 +89,11 @@ class DROTrainer(RoleTrainer):
             Callbacks added to the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of AdamW and a linear schedule.
+        compute_metrics (`Callable[[list[str], list[dict]], dict[str, float]]`, *optional*):
+            Scores of your own beside `em` and the others: takes the answer to each question of an evaluation and the
+            questions as they are in the dataset, and returns numbers by name, logged as `eval_{name}`.
+        unsupported:
+            Other arguments of [`~transformers.Trainer`], refused with the reason.
 
     Raises:
         `DatasetError`: a dataset is malformed; the message names row, column and cure.
@@ -126,7 +131,10 @@ class DROTrainer(RoleTrainer):
         selector_model: str | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        compute_metrics: Callable[[list[str], list[dict[str, Any]]], dict[str, float]] | None = None,
+        **unsupported: Any,
     ):
+        refuse_arguments(unsupported)
         if args is None:
             args = DROConfig("dro-output")
         if quantization_config is not None and peft_config is None:
@@ -139,12 +147,6 @@ class DROTrainer(RoleTrainer):
         tokenizers, codec, prompts = check_inputs(
             model, selector_model, processing_class, args, train_dataset, eval_dataset
         )
-        if args.train_selector and args.num_permutations == 1:
-            warnings.warn(
-                "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
-                "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
-                stacklevel=2,
-            )
 
         self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
         self._estimated_block = -1
@@ -160,6 +162,7 @@ class DROTrainer(RoleTrainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
         )
         self.rag = RAGModel(
             self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
@@ -417,7 +420,9 @@ class DROTrainer(RoleTrainer):
             num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
             most = min(self.args.num_permutations, num_possible)
             unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
-            self._warn_of_collapse(unique / most)
+            if unique / most < self.args.collapse_threshold and not self._collapse_warned:
+                self._collapse_warned = True
+                warn_of_collapse(unique / most, self.state.global_step)
             if self._shown_permutations and self.is_world_process_zero():
                 keep_permutations(
                     self._shown_permutations,
@@ -427,16 +432,6 @@ class DROTrainer(RoleTrainer):
                     self.args.report_to,
                 )
         super().log(logs, start_time)
-
-    def _warn_of_collapse(self, unique_share: float) -> None:
-        if unique_share < self.args.collapse_threshold and not self._collapse_warned:
-            self._collapse_warned = True
-            warnings.warn(
-                f"only {unique_share:.0%} of the sampled permutations are distinct at step {self.state.global_step}: "
-                "the selector repeats itself and has little left to compare. If its recall is not yet good, raise "
-                "`temperature`, lower its learning rate, or stop it with train_selector=False.",
-                stacklevel=2,
-            )
 
     # Evaluation
 
@@ -468,6 +463,9 @@ class DROTrainer(RoleTrainer):
         self.rag.count = TokenCount()
         per_question = torch.cat(scores)  # [questions, metrics], NaN where a bound is not finite
         means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
+        if self.compute_metrics is not None:
+            score, questions = cast(Any, self.compute_metrics), cast(Dataset, dataloader.dataset)
+            means |= own_scores(score(answers, questions.to_list()), means)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(
             predictions=numpy.array(answers), label_ids=None, metrics=metrics, num_samples=len(per_question)

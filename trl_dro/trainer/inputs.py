@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A run's models, tokenizers and data by its config, and whatever can be wrong with them before weights are loaded."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 from accelerate.utils import set_seed
@@ -52,6 +54,12 @@ def check_inputs(
         `DatasetError`: a dataset is malformed.
         `ValueError`: something cannot fit, or settings cannot work together.
     """
+    if args.train_selector and args.num_permutations == 1:
+        warnings.warn(
+            "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
+            "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
+            stacklevel=3,
+        )
     datasets: dict[str, Any] = {}  # by the names that errors call them
     if train_dataset is not None or eval_dataset is None:
         datasets["train_dataset"] = train_dataset
@@ -220,3 +228,39 @@ def refuse_unsupported(args: DROConfig) -> None:
             "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
             "load_in_4bit for a base that does not fit"
         )
+
+
+# Arguments of transformers' Trainer that have no meaning here, and why.
+_REFUSED = {
+    "data_collator": "questions become prompts in the E-step, there is nothing to collate",
+    "model_init": "pass `model`, and `selector_model` or `peft_config` for the second role",
+    "compute_loss_func": "the losses are the M-step's; set selector_estimator, answer_likelihood or likelihood_floor",
+    "preprocess_logits_for_metrics": "evaluation scores generated answers; pass `compute_metrics`",
+    "tokenizer": "it is called `processing_class`",
+}
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason."""
+    for name, value in arguments.items():
+        if value is not None or name not in _REFUSED:
+            raise TypeError(f"DROTrainer takes no `{name}`: {_REFUSED.get(name, 'see its documentation')}")
+
+
+def own_scores(scores: Any, others: Mapping[str, float]) -> dict[str, float]:
+    """
+    What a user's `compute_metrics` returned, as floats.
+
+    Raises:
+        `ValueError`: it is no dict of numbers, or has a name that is taken.
+    """
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"compute_metrics returned {type(scores).__name__}: it must return a dict of numbers")
+    for name, score in scores.items():
+        if name in others:
+            raise ValueError(f"compute_metrics returned {name!r}, which the trainer computes itself: rename it")
+        try:
+            float(score)
+        except (TypeError, ValueError):
+            raise ValueError(f"compute_metrics returned {name}={score!r}: it must be a number") from None
+    return {str(name): float(score) for name, score in scores.items()}
