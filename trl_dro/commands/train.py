@@ -3,6 +3,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from ..demo.tiny import tiny_model_for
 from ..model.loading import refuse_file
 from ..model.roles import load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
+from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
 from ..trainer.dro_trainer import DROTrainer
@@ -159,6 +161,7 @@ def _train(model: str, args: TrainArguments, training_args: DROConfig, model_arg
     peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     starting_from: str | PeftModel = model
     if args.selector_adapter and args.generator_adapter:
+        check_adapters(args.selector_adapter, args.generator_adapter, model, training_args, model_args)
         base = load_model(model, training_args, quantization_config, model_args.model_revision)
         starting_from = load_role_adapters(base, args.selector_adapter, args.generator_adapter)
         peft_config = quantization_config = None
@@ -180,6 +183,19 @@ def _train(model: str, args: TrainArguments, training_args: DROConfig, model_arg
     if eval_dataset is not None and trainer.is_world_process_zero():
         print_comparison(before, after)
         print(f"Both roles are in {training_args.output_dir}/selector and {training_args.output_dir}/generator.")
+
+
+def check_adapters(
+    selector: str, generator: str, model: str, training_args: DROConfig, model_args: ModelConfig
+) -> None:
+    """Checks adapters in folders against the base, before it is loaded; those of the Hub are checked by PEFT alone."""
+    folders = [path for path in (selector, generator) if Path(path).is_dir() and (Path(path) / ADAPTER_FILE).is_file()]
+    bases = {path: read_adapter_config(path).get("base_model_name_or_path") for path in folders}
+    if len(set(bases.values())) > 1:
+        told = " and ".join(f"{path} on {base}" for path, base in bases.items())
+        raise ValueError(f"the adapters to start from were trained on different models ({told}): train both on one")
+    for path in folders:
+        check_adapter(path, model, model_args.model_revision, training_args.trust_remote_code)
 
 
 def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..data.files import load_records
@@ -21,7 +21,7 @@ from ..data.schema import validate_dataset
 from ..data.storage import alone_in, different
 from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
-from ..model.loading import refuse_file
+from ..model.loading import load_tokenizer, refuse_file
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
 from ..model.roles import ROLES
 from ..system.rag_config import RAGConfig
@@ -127,7 +127,7 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
     model_args.use_peft = True
     refuse_file(model_args.model_name_or_path)
     model = model_args.model_name_or_path or tiny_model_for(args)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model, model_args.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = make_examples(args, tokenizer, sft_args.seed)

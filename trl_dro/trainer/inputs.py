@@ -9,12 +9,12 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from ..data.schema import validate_dataset
 from ..model.codec import PermutationCodec
-from ..model.loading import context_length, prepare_tokenizer
+from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
 from ..model.prompts import PromptBuilder, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention
@@ -110,17 +110,14 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
     Raises:
         `ValueError`: a model instance does not say where it came from.
     """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"model must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if not source:
         raise ValueError(
             "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
         )
-    return AutoTokenizer.from_pretrained(
-        source,
-        revision=revision,
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
+    return load_tokenizer(source, revision, trust_remote_code=args.trust_remote_code)
 
 
 def generator_revision(args: DROConfig) -> str | None:
