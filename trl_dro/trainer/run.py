@@ -100,12 +100,12 @@ class RunTrainer(Trainer):
     def _write_run(self, folder: Path, **more: Any) -> None:
         write_whole(folder / RUN_FILE, json.dumps(self._run | more, indent=2, ensure_ascii=False) + "\n")
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at max_steps after an update only, and so makes one too many when nothing is left to do.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(**kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def finish(self) -> None:
         """Notes in `run.json` that the run is done and its weights are saved."""
