@@ -170,13 +170,13 @@ def system_stamp(selector: str | None, generator: str, base_model: str | None = 
     sources = [find_role(name, role, base_model=base_model) for role, name in named if name and Path(name).is_dir()]
     configs = {source.config for source in sources if source.config}
     return {
-        "weights": _files_key([source.path for source in sources]),
-        "base": _files_key([source.base for source in sources if source.base]),
+        "weights": files_key([source.path for source in sources]),
+        "base": files_key([source.base for source in sources if source.base]),
         "rag_config": content_key([file_key(path) for path in sorted(configs)]) if configs else None,
     }
 
 
-def _files_key(folders: Sequence[str]) -> str | None:
+def files_key(folders: Sequence[str]) -> str | None:
     """Key of weights, by size and time, and of the settings and the tokenizer beside them, by content."""
     stamps = []
     for folder in dict.fromkeys(folders):

@@ -341,8 +341,11 @@ class DROConfig(_BaseConfig):
                 ) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but the Hub token, as `training_args.bin` is uploaded."""
-        return {**self.__dict__, "hub_token": None}
+        """What is pickled, in `training_args.bin`: all but tokens."""
+        kwargs = self.model_init_kwargs
+        if isinstance(kwargs, dict):
+            kwargs = {name: value for name, value in kwargs.items() if "token" not in name}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": kwargs}
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, functions by their names."""
