@@ -88,7 +88,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     arguments = [each for each in arguments if each != "--debug"]
     check_usage(name, arguments)
     try:
-        parsed = make_parser(name, vars(command_module(name))).parse_args_and_config(arguments)
+        parsed = make_parser(name).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments, *(["--debug"] if debug else [])])
         else:
@@ -129,9 +129,9 @@ def check_usage(name: str, arguments: list[str]) -> None:
         make_parser(name, read(f"trl_dro.commands.{name}")).parse_args_and_config(arguments)
 
 
-def make_parser(name: str, names: Mapping[str, Any]) -> Parser:
-    """The parser of a command, by the names of its module."""
-    command = COMMANDS[name]
+def make_parser(name: str, names: Mapping[str, Any] | None = None) -> Parser:
+    """The parser of a command, by the names of its module, which is imported if they are not given."""
+    command, names = COMMANDS[name], names or vars(command_module(name))
     types = [names[each] for each in command.arguments.split()]
     description = (inspect.getdoc(names[command.function]) or "").partition("\n\n")[0]
     return Parser(types, command.first, prog=f"trl-dro {name}", description=description)
