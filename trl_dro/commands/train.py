@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """`trl-dro train`: a whole run, from data to the trained system compared with what it was before."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,18 +12,19 @@ from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import load_records, read_corpus, read_questions, validate_dataset
+from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
 from ..model.loading import refuse_file
 from ..model.roles import load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
-from ..trainer.checkpoint import find_checkpoints
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
 from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
+from ..trainer.run import checkpoints_of_run
 from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
 
 
@@ -117,7 +119,7 @@ def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Datas
 def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
     """`--resume_from_checkpoint true` continues if there is a checkpoint, so that one command starts and restarts."""
     if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() == "true":
-        return bool(find_checkpoints(str(args.output_dir)))
+        return bool(checkpoints_of_run(str(args.output_dir)))
     return args.resume_from_checkpoint
 
 
@@ -149,6 +151,12 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
     if args.dry_run:
         dry_run(model, args, training_args, model_args)
         return
+    # From here on, as the first evaluation can take long; the first process holds it for all of a launch.
+    with alone_in(str(training_args.output_dir)) if training_args.should_save else nullcontext():
+        _train(model, args, training_args, model_args)
+
+
+def _train(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
     peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     starting_from: str | PeftModel = model

@@ -33,6 +33,7 @@ from ..model.codec import PermutationCodec
 from ..model.loading import load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from ..model.self_check import SharedPrefix, check_rows
 from .adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from .rag_config import CONFIG_FILE, RAGConfig
 
@@ -169,13 +170,13 @@ def system_stamp(selector: str | None, generator: str, base_model: str | None = 
     sources = [find_role(name, role, base_model=base_model) for role, name in named if name and Path(name).is_dir()]
     configs = {source.config for source in sources if source.config}
     return {
-        "weights": _files_key([source.path for source in sources]),
-        "base": _files_key([source.base for source in sources if source.base]),
+        "weights": files_key([source.path for source in sources]),
+        "base": files_key([source.base for source in sources if source.base]),
         "rag_config": content_key([file_key(path) for path in sorted(configs)]) if configs else None,
     }
 
 
-def _files_key(folders: Sequence[str]) -> str | None:
+def files_key(folders: Sequence[str]) -> str | None:
     """Key of weights, by size and time, and of the settings and the tokenizer beside them, by content."""
     stamps = []
     for folder in dict.fromkeys(folders):
@@ -246,6 +247,8 @@ class LoadOptions:
             Whether to run code that ships with a model.
         token (`str` or `bool`, *optional*):
             Token for private repos.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            As in [`DROConfig`].
     """
 
     dtype: str | torch.dtype = "auto"
@@ -254,6 +257,7 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     token: str | bool | None = None
+    shared_prefix: SharedPrefix = "auto"
     target: torch.device = field(init=False)
 
     def __post_init__(self):
@@ -357,7 +361,9 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    check_rows(rag, options.shared_prefix)
+    return rag
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
