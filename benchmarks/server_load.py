@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
             middle = server.memory
             results += run(kinds, args.at_once, server.port)[0]
             time.sleep(2 * BODY_TIMEOUT)
-            health, after, connections = server.health(), server.memory, server.connections
+            after, connections, health = server.memory, server.connections, server.health()
         finally:
             log = server.stop()
 

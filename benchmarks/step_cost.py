@@ -333,7 +333,7 @@ class UnsharedRAG(RAGModel):
         repeated = [question for question in questions for _ in range(num_permutations)]
         with torch.no_grad():
             samples = sample_permutations(
-                self._packed("selector"),
+                self.reader("selector"),
                 self.codec,
                 self.read(repeated),
                 [len(question["documents"]) for question in repeated],

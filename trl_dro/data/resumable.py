@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .storage import alone_in, different, write_whole
+from .storage import alone_in, content_key, different, write_whole
 
 
 SETTINGS_FILE = "settings.json"
@@ -97,6 +97,16 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     for record in dataset.select_columns(list(columns)):
         digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def questions_key(dataset: Dataset) -> str:
+    """
+    Key of questions for training: of every question and its answers, and of the candidates of some 250 of them, as
+    reading all takes minutes where there are many.
+    """
+    asked = fingerprint(dataset, ("question", "answers"))
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset) // 250)))
+    return content_key(len(dataset), asked, fingerprint(some, ("documents",)))
 
 
 def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> bool:

@@ -163,6 +163,7 @@ class RAGPipeline:
             selector_source = find_role(selector, "selector", None, options.token, base_model)
         saved = generator.config or selector_source.config
         rag_config = RAGConfig.load(saved, config) if saved else RAGConfig(**config)
+        rag_config.check(saved or "the settings")
         rag = load_rag(selector_source, generator, rag_config, options)
         return cls(rag, rag_config, retriever, {"selector": selector_source, "generator": generator}, options)
 

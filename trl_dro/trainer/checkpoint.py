@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +23,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..model.roles import ROLES
 
 
-def find_damage(folder: str | Path) -> str | None:
+def find_damage(folder: str | Path, weights_in: Sequence[str] = ROLES) -> str | None:
     """
     What is wrong with a checkpoint, as far as its files tell without being read in full; `None` if nothing is.
 
     Args:
         folder (`str` or `Path`):
-            Checkpoint of both roles.
+            Checkpoint.
+        weights_in (`list[str]`, *optional*, defaults to both roles):
+            Its folders that hold weights.
 
     Returns:
         `str` or `None`: one line.
@@ -37,16 +39,16 @@ def find_damage(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    for role in ROLES:
-        weights = sorted((folder / role).glob("*.safetensors"))
+    for part in weights_in:
+        weights = sorted((folder / part).glob("*.safetensors"))
         if not weights:
-            return f"{role}/ has no weights"
+            return f"{part}/ has no weights"
         for path in weights:
             try:
                 with safe_open(path, framework="pt"):  # checks the header against the file's size
                     pass
             except (OSError, SafetensorError) as error:
-                return f"{role}/{path.name} is damaged ({error})"
+                return f"{part}/{path.name} is damaged ({error})"
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:

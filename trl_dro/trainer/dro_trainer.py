@@ -23,6 +23,7 @@ from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
 from ..model.sampling import PermutationSamples
+from ..model.self_check import check_rows
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (
@@ -167,6 +168,7 @@ class DROTrainer(RoleTrainer):
         self.rag = RAGModel(
             self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
         )
+        check_rows(self.rag, args.shared_prefix, noiseless=args.disable_dropout)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -277,7 +279,7 @@ class DROTrainer(RoleTrainer):
         # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
         read = None
         same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
-        if same_weights and not args.gradient_checkpointing:
+        if same_weights and self.rag.keeps_prompts():
             with self._inference(gradients=True):
                 read = self.rag.read(questions)
         with self._inference():
@@ -341,7 +343,8 @@ class DROTrainer(RoleTrainer):
                 logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / update_size
+            terms = self._note_terms(role, coefficients * torch.where(kept, logps, 0.0))
+            loss = -terms.sum() / update_size
             self.accelerator.backward(loss)
         # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
         self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)

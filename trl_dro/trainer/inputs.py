@@ -9,12 +9,12 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from ..data.schema import validate_dataset
 from ..model.codec import PermutationCodec
-from ..model.loading import context_length, prepare_tokenizer
+from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
 from ..model.prompts import PromptBuilder, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention
@@ -110,17 +110,14 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
     Raises:
         `ValueError`: a model instance does not say where it came from.
     """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"model must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if not source:
         raise ValueError(
             "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
         )
-    return AutoTokenizer.from_pretrained(
-        source,
-        revision=revision,
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
+    return load_tokenizer(source, revision, trust_remote_code=args.trust_remote_code)
 
 
 def generator_revision(args: DROConfig) -> str | None:
@@ -167,7 +164,7 @@ def load_roles(
     cast_adapters_for_quantized_base(roles)
     if args.disable_dropout:
         disable_dropout(role_model)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or any(roles.is_checkpointed(role) for role in ROLES):
         roles.enable_input_require_grads()
     return roles
 
@@ -208,11 +205,16 @@ def load_model(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns off dropout for good: that of modules, and the functional one of attention layers."""
+    """
+    Turns off dropout for good: that of modules, the functional one whose rate is a module's or a config's attribute,
+    dropped layers, and the jitter of routers.
+    """
     disable_dropout_in_model(model)
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    configs = {id(module.config): module.config for module in model.modules() if "config" in vars(module)}
+    for holder in (*model.modules(), *configs.values()):
+        for name, value in vars(holder).items():
+            if type(value) is float and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def refuse_unsupported(args: DROConfig) -> None:
@@ -221,7 +223,8 @@ def refuse_unsupported(args: DROConfig) -> None:
     DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
     only.
     """
-    check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
+    if args.shared_prefix != "never":
+        check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
     if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise ValueError(
             "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
