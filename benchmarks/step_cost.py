@@ -707,7 +707,7 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
     sampling = measure_sampling(preset, base, folder, tokenizer)
     console.print(
         f"selector's E-step: {sampling['independent']:.3f} s for {preset.num_permutations} independent permutations, "
-        f"{sampling['distinct']:.3f} s for as many distinct ones, {sampling['distinct'] / sampling['independent']:.2f}x"
+        f"{sampling['distinct']:.3f} s for distinct ones, {sampling['distinct'] / sampling['independent']:.2f}x"
     )
     result = {
         "sampling_seconds": sampling,

@@ -120,7 +120,7 @@ def _score_batch(
             "positive_ids": record.get("positive_ids"),
             **score_question(record, permutation, answer, permutations.shape[1]),
         }
-        if rag.codec.min_selected < rag.codec.num_selected:
+        if rag.codec.may_end:
             row["documents"] = len(permutation)
         if context_reliance:
             row["answer_logp"], row["answer_logp_without_documents"] = logps[i]

@@ -41,7 +41,7 @@ def answer_and_score(
         documents = question["documents"]
         shown = [documents[i - 1] for i in permutation if i]
         row = score_prediction(answer, shown, documents, question["answers"], codec.num_selected)
-        scores.append(row | ({"documents": float(len(shown))} if codec.min_selected < codec.num_selected else {}))
+        scores.append(row | ({"documents": float(len(shown))} if codec.may_end else {}))
     return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
 
 

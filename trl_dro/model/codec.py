@@ -106,6 +106,11 @@ class PermutationCodec:
             self.id_of_tokens[tokens] = i
 
     @property
+    def may_end(self) -> bool:
+        """Whether a permutation may have fewer than K documents."""
+        return self.min_selected < self.num_selected
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest written permutation, the end included."""
         longest_id = max(len(tokens) for tokens in self.id_tokens.values())

@@ -31,9 +31,8 @@ class RAGModel:
     r"""
     Selector \\( p(z \mid x) \\) and generator \\( p(y \mid x, d_z) \\) over batches of questions.
 
-    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1, and
-    zeros behind if it ended early. The documents stand in the retriever's order, or the question says under
-    `retrieval_ranks` which place in it each has, from 1.
+    A question is a dict with `question` and `documents`, in the retriever's order or with their places in it, from 1,
+    under `retrieval_ranks`. A permutation holds places in `documents`, from 1, and zeros behind if it ended early.
 
     Args:
         roles ([`~roles.Roles`]):
@@ -406,10 +405,8 @@ class RAGModel:
     def _selector_prompts(self, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
         return [self.prompts["selector"](question["question"], question["documents"]) for question in questions]
 
-    def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
-        return self.prompts["generator"](
-            question["question"], [question["documents"][i - 1] for i in permutation if i]
-        )
+    def _generator_prompt(self, question: dict[str, Any], places: list[int]) -> list[int]:
+        return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in places if i])
 
     def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]

@@ -410,8 +410,7 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        may_end = self.rag.codec.min_selected < self.rag.codec.num_selected
-        settings = (self.args.tiny_likelihood, self.args.sampling, may_end)
+        settings = (self.args.tiny_likelihood, self.args.sampling, self.rag.codec.may_end)
         for name, values in estimate.statistics(weights, *settings).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
