@@ -169,6 +169,7 @@ def then_stop(parse):
 def parse_only(monkeypatch):
     """Parsers parse as on a machine with a GPU, and what would follow does not happen."""
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(cli, "check_usage", lambda *_: None)  # which parses too, but builds no settings
     for owner, name in ((TrlParser, "parse_args_and_config"), (argparse.ArgumentParser, "parse_args")):
         monkeypatch.setattr(owner, name, then_stop(getattr(owner, name)))
 

@@ -105,7 +105,7 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(capsys, arguments, pa
 
 
 def test_help_has_our_settings_in_their_groups_before_what_is_inherited():
-    shown = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program").format_help()
+    shown = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program").format_help(everything=True)
     places = [
         shown.index(text)
         for text in (
@@ -113,11 +113,22 @@ def test_help_has_our_settings_in_their_groups_before_what_is_inherited():
             *("Parameters that control the prompts:", "--max_candidates"),
             *("Parameters that control the E-step:", "--num_permutations"),
             *("Parameters that control the M-step:", "--selector_estimator"),
+            *("Optimizer:", "--adam_beta1"),
             *("Configuration class for the models:", "--lora_r "),
-            *("Optimizer:", "--weight_decay"),
         )
     ]
     assert places == sorted(places)
+
+
+def test_help_leaves_out_what_is_inherited_and_help_all_tells_it(capsys):
+    parser = Parser((LaunchArguments, DROConfig, ModelConfig), prog="program")
+    shown = parser.format_help()
+    assert "--num_permutations" in shown and "(all: --help-all)" in shown and "--model_name_or_path" in shown
+    assert "--adam_beta1" not in shown and "--lora_r " not in shown
+    with pytest.raises(SystemExit) as info:
+        parser.parse_args_and_config(["--help-all"])
+    assert info.value.code == 0 and capsys.readouterr().out == parser.format_help(everything=True)
+    assert "--help-all" not in Parser((Settings,), prog="program").format_help()  # nothing is left out
 
 
 def test_no_process_cannot_be_asked_for():

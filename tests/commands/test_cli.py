@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_from_disk
 
+from trl_dro import __version__
 from trl_dro.commands import evaluate, train
 from trl_dro.commands.arguments import CORPUS_HELP, LoadArguments
 from trl_dro.commands.cli import COMMANDS, main, make_parser
@@ -137,6 +138,11 @@ def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
     assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
 
 
+def real_parser(name):
+    """The parser by the imported modules, not by their source."""
+    return make_parser(name, vars(import_module(f"trl_dro.commands.{name}")))
+
+
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["trl-dro", *map(str, arguments)])
     main()
@@ -157,18 +163,26 @@ def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
     assert "usage: trl-dro {retrieve,warmup,train,evaluate,predict,serve,report,env}" in capsys.readouterr().out
 
 
+def test_help_lists_each_command_with_what_it_does(monkeypatch, capsys):
+    call(monkeypatch, "--help")
+    listed = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()[2:-2]}
+    assert listed.keys() == COMMANDS.keys() and all(len(summary) > 15 for summary in listed.values())
+    call(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"trl-dro {__version__}\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
-    for dataclass_type in make_parser(name).dataclass_types:
-        for setting in fields(dataclass_type):
-            assert not setting.init or len(setting.metadata["help"].strip()) > 5, setting.name
+    types = real_parser(name).dataclass_types
+    flag = "--help-all" if name in ("train", "warmup") else "--help"
     with pytest.raises(SystemExit) as info:
-        call(monkeypatch, name, "--help")
+        call(monkeypatch, name, flag)
     assert info.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for dataclass_type in make_parser(name).dataclass_types:
+    for dataclass_type in types:
         for setting in fields(dataclass_type):
             if setting.init:
+                assert len(setting.metadata["help"].strip()) > 5, setting.name
                 assert f"--{setting.name} " in shown
                 assert " ".join(setting.metadata["help"].replace("%%", "%").split()[:4]) in shown
 
@@ -256,7 +270,7 @@ def test_commands_that_load_a_system_load_it_alike(capsys):
     shared = ["load_in_4bit", "attn_implementation", "base_model", "revision"]
     assert set(shared) < set(loading)
     for name in ("evaluate", "predict", "serve"):
-        actions = {action.dest: action for action in make_parser(name)._actions}
+        actions = {action.dest: action for action in real_parser(name)._actions}
         assert all(actions[each].help == LoadArguments.__dataclass_fields__[each].metadata["help"] for each in shared)
     options = ServeArguments(model="run", load_in_4bit=True, attn_implementation="eager", device="cpu").load_options()
     assert options.quantization_config.load_in_4bit and options.attn_implementation == "eager"
@@ -264,14 +278,28 @@ def test_commands_that_load_a_system_load_it_alike(capsys):
 
 @pytest.mark.parametrize("name", ["retrieve", "train", "evaluate", "predict", "serve"])
 def test_every_corpus_is_told_of_alike(name):
-    [action] = [action for action in make_parser(name)._actions if action.dest == "corpus"]
+    [action] = [action for action in real_parser(name)._actions if action.dest == "corpus"]
     assert action.help.startswith(CORPUS_HELP)
 
 
-def test_the_command_line_does_not_import_torch():
-    # It takes seconds, and a call that finds its result in the cache needs none of it.
-    code = "import sys, trl_dro.commands.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        *((["--help"], 0), (["--version"], 0)),
+        *(([name, "--help"], 0) for name in COMMANDS),
+        *(([name, "--nosuch"], 2) for name in COMMANDS),
+        (["serve", "run", "--timeout", "0"], 2),
+    ],
+    ids=str,
+)
+def test_help_and_mistakes_are_answered_without_torch(arguments, code, tmp_path):
+    # It takes seconds to import. What would import it, or transformers, fails here.
+    for package in ("torch", "datasets", "numpy"):
+        (tmp_path / f"{package}.py").write_text("raise SystemExit(99)")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from trl_dro.commands.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code == 2)
 
 
 def test_evaluate_takes_its_settings_from_flags_and_ends_mistakes_in_one_line(monkeypatch, capsys):
@@ -292,3 +320,26 @@ def test_serve_names_the_extra_that_it_needs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trl-dro", "serve", "--model", "run"])
     with pytest.raises(SystemExit, match=r"pip install 'trl_dro\[serve\]'"):
         main()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("retrieve q --corpus c --output_dir o --k1 -1", "--k1 -1.0: it must be at least 0"),
+        ("retrieve q --corpus c --output_dir o --b 5", "--b 5.0: it must be at least 0 and at most 1"),
+        ("retrieve q --corpus c --output_dir o --words_per_passage 0", "--words_per_passage 0: it must be at least 1"),
+        ("warmup --dataset_name d --rank_noise nan", "'nan' is not a finite number"),
+        ("warmup --dataset_name d --max_document_length -5", "--max_document_length -5: it must be at least 1"),
+        ("warmup --dataset_name d --max_candidates 3", "--max_candidates 3: it must be at least 5"),
+        ("serve run --port 99999999", "--port 99999999: it must be at least 0 and at most 65535"),
+        ("train --dry_run --selector_learning_rate nan", "'nan' is not a finite number"),
+        ("train --dry_run --learning_rate inf", "'inf' is not a finite number"),
+        ("train --dry_run --weight_decay -1", "weight_decay=-1.0: it must be at least 0"),
+        ("train --dry_run --per_device_train_batch_size 0", "per_device_train_batch_size=0: it must be at least 1"),
+        ("train --dry_run --max_document_length -5", "max_document_length=-5: it must be at least 1"),
+        ("predict run --questions q --tokens_per_batch 0", "--tokens_per_batch 0: it must be at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with_are_refused_in_one_line(command, message, monkeypatch, capsys):
+    shown = wrong_usage(monkeypatch, capsys, *command.split())
+    assert message in shown and shown.count("\n") == 1

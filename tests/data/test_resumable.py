@@ -86,3 +86,11 @@ def test_fingerprint_is_that_of_the_columns_asked_for():
     same, other = [{**rows[0], "id": 2}], [{**rows[0], "question": "b"}]
     prints = [fingerprint(Dataset.from_list(each), ("question", "documents")) for each in (rows, same, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have_are_refused_with_their_row(number, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match=r"row 0 \(id 'q7'\) gave a number that is not finite"):
+        complete_rows(path, 1, {}, lambda left: [(left, [{"id": "q7", "probabilities": [number]}])], "Asking")
+    assert not path.exists() and (tmp_path / "rows.partial.jsonl").read_text() == ""

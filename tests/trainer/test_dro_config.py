@@ -23,7 +23,7 @@ IMPOSSIBLE = [
     ({"maximization_epochs": 0}, "maximization_epochs=0: it must be at least 1"),
     ({"max_candidates": 4}, r"max_candidates=4: it must be at least 5 \(num_selected\)"),
     ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),
-    ({"temperature": float("nan")}, "temperature=nan: it must be above 0"),
+    ({"temperature": float("nan")}, "temperature=nan: it must be a finite number"),
     ({"weight_temperature": -1.0}, "weight_temperature=-1.0: it must be above 0"),
     ({"max_prompt_length": 0}, "max_prompt_length=0: it must be at least 1"),
     ({"max_document_length": 0}, "max_document_length=0: it must be at least 1"),
@@ -42,6 +42,8 @@ IMPOSSIBLE = [
     ({"remove_unused_columns": True}, "remove_unused_columns=True would drop the questions"),
     ({"answer_target": "all", "answer_likelihood": "mean"}, "answer_target='all'.*set answer_likelihood='sum'"),
     ({"selector_estimator": "vimco", "num_permutations": 1}, "set num_permutations to 2 or more"),
+    ({"selector_estimator": "vimco", "steps_per_estimation": -1}, "several updates it has no minimum"),
+    ({"selector_estimator": "vimco", "maximization_epochs": 2}, "choose rws_centered or rws"),
     ({"selector_estimator": "vimco", "temperature": 0.5}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "top_p": 0.9}, "selector_estimator='vimco' needs permutations drawn"),
     ({"selector_estimator": "vimco", "selector_likelihood": "full_vocabulary"}, "vimco' needs permutations drawn"),
@@ -171,7 +173,7 @@ def test_a_function_that_cannot_be_saved_is_refused_at_once(tmp_path):
     [
         ({"likelihood_floor": -1e-9}, "likelihood_floor=-1e-09: it must be at least 0 and below 1"),
         ({"likelihood_floor": 1.0}, "likelihood_floor=1.0: it must be at least 0 and below 1"),
-        ({"likelihood_floor": float("nan")}, "likelihood_floor=nan: it must be at least 0"),
+        ({"likelihood_floor": float("nan")}, "likelihood_floor=nan: it must be a finite number"),
         ({"max_skipped_updates": 0}, "max_skipped_updates=0: it must be at least 1"),
     ],
 )

@@ -133,7 +133,7 @@ def test_gradient_matches_enumeration(make_trainer, estimator, steps_per_estimat
     # vimco keeps an m x m tensor, so its sample is smaller.
     settings = ONE_QUESTION | {"selector_estimator": estimator, "steps_per_estimation": steps_per_estimation}
     if estimator == "vimco":
-        settings["num_permutations"] = 1024
+        settings |= {"num_permutations": 1024, "steps_per_estimation": 1}
     trainer = make_trainer(make_dataset(1), **settings)
     exact = exact_gradients(trainer, trainer.train_dataset[0])
     run_step(trainer)
@@ -226,6 +226,28 @@ def test_checkpointed_gradients_equal_plain_ones(make_trainer, peft):
     for role in ROLES:
         assert results[0][role].norm() > 0
         torch.testing.assert_close(results[1][role], results[0][role], atol=1e-6, rtol=1e-4)
+
+
+def test_one_estimate_followed_for_many_updates_leads_the_centred_selector_to_its_weights(make_trainer):
+    # With constant coefficients w - 1/m the loss has no minimum: log-probabilities fall and the gradient stays.
+    trainer = make_trainer(
+        make_dataset(1),
+        **ONE_QUESTION | {"num_permutations": 6, "maximization_epochs": 80, "train_generator": False},
+        max_steps=80,
+        learning_rate=2e-2,
+        lr_scheduler_type="constant",
+        weight_temperature=5.0,
+    )
+    trainer.train()
+    [[estimate]] = trainer._estimates
+    with torch.no_grad():
+        trainer.model.eval()
+        logps = trainer.rag.permutation_logps(trainer._records([0]), estimate.samples.permutations)
+    reached = (logps - estimate.samples.proposal_logps).softmax(dim=-1)
+    torch.testing.assert_close(reached, trainer._weigh(estimate).importance, atol=0.02, rtol=0.1)
+    norms = [logs["selector/grad_norm"] for logs in trainer.state.log_history if "selector/grad_norm" in logs]
+    assert norms[-1] < 0.1 * norms[0]
+    assert logps.amax(dim=-1) > estimate.samples.logps.amax(dim=-1) - 3
 
 
 def test_scoring_in_the_loss_forward_equals_scoring_in_the_e_step(make_trainer):

@@ -4,10 +4,11 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
-from argparse import Action
-from collections.abc import Iterable
+from argparse import SUPPRESS, Action, ArgumentTypeError
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +27,30 @@ CORPUS_HELP = (
 )
 DATASET_HELP = "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."
 
+# Of the many settings that come with TRL and transformers, those that a first run asks for.
+OFTEN_SET = (
+    "model_name_or_path",
+    "output_dir",
+    "use_peft",
+    "load_in_4bit",
+    "dtype",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "logging_steps",
+    "save_steps",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+    "use_cpu",
+    "seed",
+)
+
 _SECTION = re.compile(r"^ {4}> (.+)$")
+Section = tuple[str, list[str]]  # title and names of the settings
+
 _FIELD = re.compile(r"^ {4}(\w+) ?\(")
 
 
@@ -55,8 +79,7 @@ class LaunchArguments:
     )
 
     def __post_init__(self):
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f"--num_processes {self.num_processes}: it must be at least 1")
+        check_range(self, ["num_processes"], 1)
 
 
 @dataclass(kw_only=True)
@@ -153,6 +176,9 @@ class QuestionArguments(LoadArguments):
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
 
+    def __post_init__(self):
+        check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)
+
 
 class Parser(TrlParser):
     """
@@ -172,9 +198,20 @@ class Parser(TrlParser):
         # An abbreviation would mean another setting as soon as one is added.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.first = first
+        if any(_is_foreign(dataclass_type) for dataclass_type in self.dataclass_types):
+            self.add_argument(
+                "--help-all",
+                action=_HelpAll,
+                nargs=0,
+                dest=SUPPRESS,
+                default=SUPPRESS,
+                help="show the settings of TRL and transformers too, and exit",
+            )
         first = "" if self.first is None else f"{self.first.upper()} "
         self.usage = f"{self.prog} {first}[--config FILE.yaml] [--SETTING VALUE …]"
         for action in self._actions:
+            if _type_name(action) == "float":
+                action.type = _finite(action.type)
             if action.type is not None and action.choices is None:
                 action.metavar = _type_name(action).upper()
 
@@ -222,42 +259,77 @@ class Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def format_help(self) -> str:
-        """Settings in groups: those of this package first, then what is inherited of transformers."""
+    def format_help(self, everything: bool = False) -> str:
+        """Settings in groups: those of this package, and then, if `everything` is asked for, what is inherited."""
         formatter: Any = self.formatter_class(prog=self.prog)
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         actions: dict[str, list[Action]] = {}
         for action in self._actions:
             actions.setdefault(action.dest, []).append(action)
-        for title, names in self._sections():
+        own, inherited = self._sections()
+        hidden = sum(len(names) for _, names in inherited)
+        if inherited and not everything:
+            shown = [name for name in OFTEN_SET if any(name in names for _, names in inherited)]
+            inherited = [(f"Often set, of {hidden} that come with TRL and transformers (all: --help-all)", shown)]
+        for title, names in own + inherited:
             formatter.start_section(title)
             for name in names:
                 formatter.add_arguments(actions[name])
             formatter.end_section()
         return formatter.format_help()
 
-    def _sections(self) -> list[tuple[str, list[str]]]:
-        """Titles and fields of the groups, which the docstrings of the dataclasses give."""
-        own: list[tuple[str, list[str]]] = []
-        inherited: list[tuple[str, list[str]]] = []
+    def _sections(self) -> tuple[list[Section], list[Section]]:
+        """Groups of this package and of others, by the docstrings of the dataclasses."""
+        own: list[Section] = []
+        inherited: list[Section] = []
         for dataclass_type in self.dataclass_types:
             left = [each.name for each in dataclasses.fields(dataclass_type) if each.init]
             for base in dataclass_type.__mro__:
+                sections = inherited if _is_foreign(base) else own
                 for title, documented in _documented_sections(base).items():
                     if names := [name for name in documented if name in left]:
-                        (own if base is dataclass_type else inherited).append((title, names))
+                        sections.append((title, names))
                         left = [name for name in left if name not in names]
-            if left:
-                whole = len(left) == sum(each.init for each in dataclasses.fields(dataclass_type))
-                title = inspect.cleandoc(dataclass_type.__doc__ or "").partition("\n")[0].rstrip(".")
-                (own if whole else inherited).append((title if whole else "Other training arguments", left))
-        return own + inherited
+            for base in dataclass_type.__mro__:  # what is in no section
+                if names := [name for name in left if name in base.__dict__.get("__annotations__", {})]:
+                    title = inspect.cleandoc(base.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
+                    (inherited if _is_foreign(base) else own).append((title, names))
+                    left = [name for name in left if name not in names]
+        return own, inherited
 
     def _suggestion(self, name: str, prefix: str = "") -> str:
         known = [action.dest for action in self._actions] + ["config"]
         close = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {prefix}{close[0]}?" if close else f"; see {self.prog} --help"
+
+
+class _HelpAll(Action):
+    def __call__(self, parser: Any, *arguments: Any) -> None:
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def _finite(parse: Any) -> Callable[[str], float | None]:
+    """Reads a number that can be computed with: NaN in one setting would be NaN in every weight."""
+
+    def parse_finite(text: str) -> float | None:
+        value = parse(text)
+        if value is not None and not math.isfinite(value):
+            raise ArgumentTypeError(f"{text!r} is not a finite number")
+        return value
+
+    parse_finite.__name__ = "float"
+    return parse_finite
+
+
+def check_range(args: Any, names: Iterable[str], lowest: float, highest: float = math.inf) -> None:
+    """Raises `ValueError` if one of these settings is given and out of its range, whose ends are allowed."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (lowest <= value <= highest and math.isfinite(value)):
+            most = "" if highest == math.inf else f" and at most {highest:g}"
+            raise ValueError(f"--{name} {value}: it must be at least {lowest:g}{most}")
 
 
 def one_line(error: Exception) -> str:
@@ -267,6 +339,10 @@ def one_line(error: Exception) -> str:
 
 def _type_name(action: Action) -> str:
     return getattr(action.type, "__name__", "value").replace("string_to_bool", "bool")
+
+
+def _is_foreign(dataclass_type: type) -> bool:
+    return dataclass_type.__module__.startswith(("trl.", "transformers."))
 
 
 def _documented_sections(dataclass_type: type) -> dict[str, list[str]]:

@@ -6,11 +6,15 @@ import inspect
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from .. import __version__
 from .arguments import LaunchArguments, Parser, one_line
+from .source import read
 
 
 class Command(NamedTuple):
@@ -65,7 +69,10 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     """
     name, *arguments = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        print_commands()
+        return
+    if name == "--version":
+        print(f"trl-dro {__version__}")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -76,8 +83,9 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    check_usage(name, arguments)
     try:
-        parsed = make_parser(name).parse_args_and_config(arguments)
+        parsed = make_parser(name, vars(command_module(name))).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
             launch(parsed[0], [name, *arguments])
         else:
@@ -88,11 +96,32 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
 
 
-def make_parser(name: str) -> Parser:
-    """The parser of a command."""
-    command, module = COMMANDS[name], command_module(name)
-    types = [getattr(module, each) for each in command.arguments.split()]
-    description = (inspect.getdoc(getattr(module, command.function)) or "").partition("\n\n")[0]
+def print_commands() -> None:
+    """Prints what each command does."""
+    print(f"{USAGE}\n")
+    for name in COMMANDS:
+        summary = str(read(f"trl_dro.commands.{name}")["__doc__"]).partition("\n")[0].partition(": ")[2]
+        print(f"  {name:10}{summary}")
+    print("\ntrl-dro COMMAND --help tells its settings, trl-dro --version the version of this package.")
+
+
+def check_usage(name: str, arguments: list[str]) -> None:
+    """
+    Answers help and mistakes by the source of a command, as importing it takes seconds.
+
+    Raises:
+        `SystemExit`: with code 0 after help, with code 2 if the command was called wrongly.
+    """
+    # What the source does not tell, in whichever way, the module will.
+    with suppress(Exception):
+        make_parser(name, read(f"trl_dro.commands.{name}")).parse_args_and_config(arguments)
+
+
+def make_parser(name: str, names: Mapping[str, Any]) -> Parser:
+    """The parser of a command, by the names of its module."""
+    command = COMMANDS[name]
+    types = [names[each] for each in command.arguments.split()]
+    description = (inspect.getdoc(names[command.function]) or "").partition("\n\n")[0]
     return Parser(types, command.first, prog=f"trl-dro {name}", description=description)
 
 

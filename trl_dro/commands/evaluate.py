@@ -18,7 +18,7 @@ from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
 from ..system.run_folder import system_stamp
-from .arguments import QuestionArguments
+from .arguments import QuestionArguments, check_range
 
 
 # Arguments that do not change the result of a question.
@@ -73,6 +73,7 @@ class EvaluationArguments(QuestionArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.generator is None and self.model is None:
             raise ValueError("nothing to evaluate: name a run (trl-dro evaluate RUN), or --generator and --selector")
         if self.selector is None and self.model is None:
@@ -83,9 +84,7 @@ class EvaluationArguments(QuestionArguments):
             raise ValueError("pass either --dataset_name, or --questions and --corpus")
         if self.revision is not None and self.generator is not None:
             raise ValueError("--revision is that of --model: leave out --generator, or name a local folder")
-        for name in ("max_questions", "num_selected", "max_candidates", "max_answer_length", "tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
+        check_range(self, ["num_selected", "max_answer_length"], 1)
 
 
 def evaluate(args: EvaluationArguments) -> dict[str, Any]:

@@ -43,15 +43,13 @@ class PredictArguments(QuestionArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model is None:
             raise ValueError("nothing to answer with: name a run folder or Hub repo, trl-dro predict RUN")
         if (self.questions is None) == (self.dataset_name is None):
             raise ValueError("pass either --questions, with or without --corpus, or --dataset_name")
         if self.corpus is not None and self.questions is None:
             raise ValueError("--dataset_name has candidates already: leave out --corpus")
-        for name in ("max_questions", "max_candidates", "tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least 1")
 
 
 def predict(args: PredictArguments) -> list[dict[str, Any]]:

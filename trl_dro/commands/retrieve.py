@@ -21,7 +21,7 @@ from ..retrieval import (
     retrieve_to_folder,
 )
 from ..retrieval.job import print_report, read_report
-from .arguments import CORPUS_HELP
+from .arguments import CORPUS_HELP, check_range
 
 
 RETRIEVERS = ("bm25", "dense", "colbert", "precomputed")
@@ -91,9 +91,9 @@ class RetrieveArguments:
                 if needs_corpus
                 else "--retriever precomputed searches no corpus: leave out --corpus"
             )
-        for name in ("k", "shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DatasetError(f"--{name} {getattr(self, name)}: set it to 1 or more")
+        check_range(self, ["k", "shard_size", "batch_size", "words_per_passage"], 1)
+        check_range(self, ["k1"], 0)
+        check_range(self, ["b"], 0, 1)
 
 
 def retrieve(args: RetrieveArguments) -> Dataset:

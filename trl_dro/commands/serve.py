@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""`trl-dro serve`: a trained system over HTTP. The server itself is in `server/`, whose packages are an extra."""
+"""`trl-dro serve`: a trained system over HTTP, with a page to try it."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from ..data import read_corpus
 from ..retrieval import BM25Retriever
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from .arguments import CORPUS_HELP, LoadArguments
+from .arguments import CORPUS_HELP, LoadArguments, check_range
 
 
 KEY_VARIABLE = "TRL_DRO_API_KEY"
@@ -37,6 +37,7 @@ class ServeArguments(ServerLimits, LoadArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_range(self, ["port"], 0, 65535)
         if not self.model:
             raise ValueError("nothing to serve: name a run folder or Hub repo, trl-dro serve RUN")
 

@@ -20,7 +20,7 @@ from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
-from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments
+from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
 
 
 @dataclass
@@ -91,8 +91,7 @@ class TrainArguments(LaunchArguments):
             raise ValueError("--dataset_name has candidates already: leave out --questions and --corpus")
         if not (self.questions or self.dataset_name or self.dry_run):
             raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
-        if self.max_eval_questions is not None and self.max_eval_questions < 1:
-            raise ValueError(f"--max_eval_questions {self.max_eval_questions}: it must be at least 1")
+        check_range(self, ["max_eval_questions"], 1)
 
 
 def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Dataset | None]:

@@ -17,8 +17,9 @@ from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
 from ..model.roles import ROLES
+from ..trainer.ranges import check_numbers
 from ..trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
-from .arguments import DATASET_HELP, LaunchArguments
+from .arguments import DATASET_HELP, LaunchArguments, check_range
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,12 @@ class WarmUpArguments(LaunchArguments):
         default=False, metadata={"help": "Write the examples, count their tokens, and load no weights."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, ["rank_noise"], 0)
+        check_range(self, ["num_selected", "max_document_length"], 1)
+        check_range(self, ["max_candidates"], self.num_selected)
+
 
 def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig) -> None:
     """
@@ -82,6 +89,7 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
     Raises:
         `DatasetError`: the data or the teacher's rankings cannot be used.
     """
+    check_numbers(sft_args)
     model_args.use_peft = True
     model = model_args.model_name_or_path or tiny_model_for(args)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)

@@ -65,14 +65,25 @@ def complete_rows(
                         begun = True
                     for row, result in zip(rows, batch, strict=True):
                         done[row] = {"row": row, **result}
-                        file.write(json.dumps(done[row], ensure_ascii=False) + "\n")
+                        file.write(_line(done[row]))
                     file.flush()
                     progress.update(len(rows))
         results = [done[row] for row in range(num_rows)]
         if not path.is_file():
-            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+            write_whole(path, "".join(map(_line, results)))
         partial_path.unlink(missing_ok=True)
     return results
+
+
+def _line(row: Row) -> str:
+    """A row as a line. Raises `ValueError` for NaN and infinity, which JSON does not have."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise ValueError(
+            f"row {row['row']} (id {row.get('id')!r}) gave a number that is not finite: the weights hold NaN, or "
+            "overflow in their precision (--dtype float32)"
+        ) from None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

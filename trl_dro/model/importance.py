@@ -132,13 +132,16 @@ def selector_coefficients(
     proposal_correction: Tensor | None = None,
     temperature: float = 1.0,
     estimator: SelectorEstimator = "rws",
+    present_correction: Tensor | None = None,
 ) -> Tensor:
     r"""Constants \\( c_i \\) of the selector's loss \\( -\sum_i c_i \log p(z_i \mid x) \\).
 
     - `"rws"`: \\( c_i = w_i \\) (equation 8 of [4]). Its expectation tends to \\( \nabla \log p(y \mid x) \\), with
       a bias of \\( O(1/m) \\).
     - `"rws_centered"`: \\( w_i \\) minus the self-normalised \\( p(z_i)/q(z_i) \\), which is \\( 1/m \\) when q = p.
-      Then its expectation is that of `rws`, with far less noise.
+      Then its expectation is that of `rws`, with far less noise. In later updates on the same samples p is the
+      selector of that update: then the loss is the cross-entropy between the weights and the selector's own
+      probabilities over the samples, which has a minimum. With 1/m throughout it would have none.
     - `"vimco"`: \\( \hat L - \hat L_{-i} \\), the IWAE bound minus the one with sample i replaced by the geometric
       mean of the others. Its expectation is the gradient of the IWAE bound for every m of 2 or more. It needs q = p.
 
@@ -153,6 +156,9 @@ def selector_coefficients(
             Weight temperature, see [`importance_weights`].
         estimator (`str`, *optional*, defaults to `"rws"`):
             One of `"rws"`, `"rws_centered"`, `"vimco"`.
+        present_correction (`Tensor` of shape `(B, m)`, *optional*):
+            \\( \log p(z_i) - \log q(z_i) \\) in nats of the selector that is updated, where that is no longer the one
+            of `proposal_correction`.
 
     Returns:
         `Tensor` of shape `(B, m)`: `float32`. Rows of `rws` sum to 1, rows of `rws_centered` to 0.
@@ -172,7 +178,8 @@ def selector_coefficients(
         return weights
     # Under a tempered or truncated proposal the mean of the score function is not the plain average over samples
     # but the p/q-weighted one, so that is what has to be subtracted for the centring to remove noise and not signal.
-    prior = torch.zeros_like(weights) if proposal_correction is None else proposal_correction.float()
+    prior = proposal_correction if present_correction is None else present_correction
+    prior = torch.zeros_like(weights) if prior is None else prior.float()
     return weights - prior.softmax(dim=-1)
 
 

@@ -11,6 +11,7 @@ from ..model.importance import SelectorEstimator
 from ..model.permutation import SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from .estimation import AnswerTarget
+from .ranges import check_numbers
 
 
 _CHOICES = {
@@ -314,6 +315,7 @@ class DROConfig(_BaseConfig):
         return {name: value.__qualname__ if callable(value) else value for name, value in values.items()}
 
     def _check_ranges(self) -> None:
+        check_numbers(self)
         at_least = {
             "num_selected": 1,
             "num_permutations": 1,
@@ -329,6 +331,9 @@ class DROConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        for name in ("selector_learning_rate", "generator_learning_rate", "collapse_threshold"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0")
         for name in ("temperature", "weight_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0 (evaluation is greedy by itself)")
@@ -360,6 +365,12 @@ class DROConfig(_BaseConfig):
                 "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
             )
         if self.selector_estimator == "vimco":
+            if self.steps_per_estimation != 1 or self.maximization_epochs != 1:
+                raise ValueError(
+                    "selector_estimator='vimco' is a gradient at the selector that drew the permutations; followed "
+                    "over several updates it has no minimum: set steps_per_estimation=1 and maximization_epochs=1, or "
+                    "choose rws_centered or rws"
+                )
             if self.num_permutations < 2:
                 raise ValueError(
                     "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "

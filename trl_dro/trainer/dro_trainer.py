@@ -325,7 +325,8 @@ class DROTrainer(RoleTrainer):
             logps = self._loss_forward(role, estimate, questions, rows, model)
             if estimate.answer_logps is None:  # these are the generator's, of the very weights that the E-step has
                 estimate.answer_logps = logps.detach()
-            weights = self._weigh(estimate)
+            moved = role == "selector" and not self._estimates_serve_once
+            weights = self._weigh(estimate, logps.detach() if moved else None)
             coefficients = weights.generator if role == "generator" else weights.selector
             counted = weights.usable & estimate.counted
             broken = logps.isnan().any(dim=-1)
@@ -370,9 +371,9 @@ class DROTrainer(RoleTrainer):
             logps = self._answer_logps(chosen, targets, permutations, wrapped)
             return torch.where(kept, logps, estimate.answer_logps[rows])
 
-    def _weigh(self, estimate: Estimate) -> Weights:
+    def _weigh(self, estimate: Estimate, selector_logps: Tensor | None = None) -> Weights:
         args = self.args
-        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor)
+        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor, selector_logps)
 
     def _sample(
         self,

@@ -166,7 +166,13 @@ class Estimate:
         """False for questions repeated only to give every process as many, `(B,)`."""
         return torch.tensor(self.batch.counted, device=self.samples.logps.device)
 
-    def weigh(self, estimator: SelectorEstimator, temperature: float = 1.0, likelihood_floor: float = 0.0) -> Weights:
+    def weigh(
+        self,
+        estimator: SelectorEstimator,
+        temperature: float = 1.0,
+        likelihood_floor: float = 0.0,
+        selector_logps: Tensor | None = None,
+    ) -> Weights:
         r"""
         Weights of both roles' losses.
 
@@ -178,6 +184,9 @@ class Estimate:
             likelihood_floor (`float`, *optional*, defaults to `0.0`):
                 \\( f \\) in the factor \\( \bar p / (\bar p + f) \\) of each question, \\( \bar p \\) being its mean
                 likelihood over permutations.
+            selector_logps (`Tensor` of shape `(B, m)`, *optional*):
+                \\( \log p(z_i \mid x) \\) in nats under the selector that is updated, if it was updated since the
+                E-step.
 
         Returns:
             [`Weights`]
@@ -192,7 +201,11 @@ class Estimate:
         question_weight = torch.ones_like(answer_logps[:, 0])
         if likelihood_floor > 0:
             question_weight = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid()
-        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator)
+        present = None
+        if selector_logps is not None:
+            present = selector_logps - self.samples.proposal_logps
+            present = torch.where(present.isfinite().all(dim=-1, keepdim=True), present, correction)
+        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator, present)
         return Weights(
             importance_weights(answer_logps, correction, temperature),
             question_weight.unsqueeze(-1) * coefficients,
