@@ -415,9 +415,9 @@ def print_visible(s: Settings, dataset: Dataset) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(Settings, description=__doc__)
-    (s,) = parser.parse_args_into_dataclasses(arguments)
+    s = Settings(**vars(parser.parse_args(arguments)))
     if s.quick:
-        (s,) = parser.parse_dict(asdict(s) | QUICK)
+        s = Settings(**asdict(s) | QUICK)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     train_dataset, eval_dataset = load_data(s)
