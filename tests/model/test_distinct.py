@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import collections
 import itertools
 import math
 
@@ -9,10 +10,11 @@ from scipy.stats import chisquare
 from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.distinct import log_inclusion, sample_distinct_permutations
 from trl_dro.model.permutation import retriever_logits
+from trl_dro.model.sampling import sample_permutations
 from trl_dro.model.shared_prefix import PackedModel
 
 from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama, word_level_tokenizer
-from .test_permutation import enumerate_logps
+from .test_permutation import all_lengths, enumerate_logps
 
 
 CPU = torch.device("cpu")
@@ -149,3 +151,30 @@ def test_inclusion_is_exact_where_rounding_would_lose_it():
     expected = [-800.5, -60.5, math.log(1 - math.exp(-math.exp(-1.5))), math.log(1 - math.exp(-math.exp(-0.5)))]
     torch.testing.assert_close(log_inclusion(logps, threshold), torch.tensor(expected, dtype=torch.double))
     assert (log_inclusion(logps, -math.inf) == 0).all()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("min_selected", [0, 1])
+def test_permutations_that_may_end_early_are_drawn_with_their_probabilities(kind, min_selected):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 12, 2, min_selected)
+    prompt = tokenizer(TEXTS[0]).input_ids
+    everything = all_lengths(4, min_selected, 2)
+    with torch.no_grad():
+        logps = enumerate_logps(model, codec, prompt, everything, 4)
+        packed = PackedModel(model, model.config, 0, CPU, model.dtype)
+        read = packed.read([prompt] * 600, [codec.forced_start(4)] * 600)
+        independent = sample_permutations(packed, codec, read, [4] * 600, 4, seeds=range(600))
+    distinct = draw(model, codec, [prompt], [4], len(everything))
+    expected = {tuple(codec.padded(z)): p for z, p in zip(everything, logps.exp().tolist(), strict=True)}
+    found = dict(zip(map(tuple, distinct.permutations[0].tolist()), distinct.logps[0].exp().tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=2e-5)
+    torch.testing.assert_close(distinct.correction[0], distinct.logps[0] + math.log(len(everything)))
+    counts = collections.Counter(map(tuple, independent.permutations.flatten(0, 1).tolist()))
+    likely = [z for z, p in expected.items() if 2400 * p > 5]
+    rest = 1 - sum(expected[z] for z in likely)
+    observed = [*(counts[z] for z in likely), 2400 - sum(counts[z] for z in likely)]
+    keep = slice(None) if 2400 * rest > 1 else slice(-1)
+    statistic = chisquare(observed[keep], [*(2400 * expected[z] for z in likely), 2400 * rest][keep], sum_check=False)
+    assert statistic.pvalue > 1e-3

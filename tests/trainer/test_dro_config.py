@@ -54,6 +54,8 @@ IMPOSSIBLE = [
     ({"selector_estimator": "rws_centered", "selector_likelihood": "full_vocabulary"}, "choose rws"),
     ({"sampling": "distinct", "selector_estimator": "vimco"}, "needs independent permutations"),
     ({"sampling": "unlike"}, "sampling='unlike': choose one of independent, distinct"),
+    ({"min_selected": 6}, "min_selected=6: it must lie between 0 and num_selected=5"),
+    ({"document_cost": -0.1}, "document_cost=-0.1: it must be a finite number of at least 0"),
     ({"retriever_prior": -0.5}, "retriever_prior=-0.5: it must be a finite number of at least 0"),
     ({"retriever_prior": math.inf}, "retriever_prior=inf: it must be a finite number"),
     (

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
-from trl_dro import DROConfig, DROTrainer
+from trl_dro import DROConfig, DROTrainer, LoadOptions, RAGPipeline
 from trl_dro._trl_compat import _BaseTrainer
 from trl_dro.model.roles import ROLES, RolePair
 
@@ -536,6 +536,57 @@ def test_distinct_permutations_give_the_exact_gradient_when_they_are_all_there_a
     assert logs["selector/entropy"] == pytest.approx(-(logps.exp() * logps).sum().item(), abs=1e-5)
     draws = settings["num_permutations"]
     assert logs["expected_unique"] == pytest.approx((1 - (1 - logps.exp()) ** draws).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("min_selected, document_cost, num_possible", [(0, 0.0, 17), (1, 0.3, 16), (0, 0.5, 17)])
+def test_gradient_of_a_selector_that_may_end_matches_enumeration(
+    make_trainer, tokenizer, min_selected, document_cost, num_possible
+):
+    """Of log sum_z p(z) p(y|z) exp(-cost |z|), over permutations of all lengths."""
+    settings = {"sampling": "distinct", "num_permutations": num_possible, "min_selected": min_selected}
+    trainer = make_trainer(
+        make_dataset(1),
+        tiny_llama(tokenizer).double(),
+        **ONE_QUESTION | settings | {"document_cost": document_cost},
+    )
+    record = trainer.train_dataset[0]
+    short = [[0, 0]] * (min_selected == 0) + [[i, 0] for i in range(1, 5)]
+    everything = torch.cat([torch.tensor(short), ALL_12])[None]
+    trainer.model.zero_grad()
+    trainer.model.eval()
+    logps = trainer.rag.permutation_logps([record], everything)
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    answer_logps = trainer.rag.answer_logps([record], [record["answers"][:1]], everything)
+    costs = document_cost * (everything > 0).sum(dim=-1)
+    (-(logps + answer_logps - costs).logsumexp(-1)).sum().backward()
+    exact = {role: gradients(trainer, role) for role in ROLES}
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(errors)
+    assert max(errors.values()) < 3e-6  # rounding: log-probabilities are float32
+    documents = (logps.exp() * (everything > 0).sum(dim=-1)).sum().item()
+    assert trainer._means.pop()["selector/documents"] == pytest.approx(documents, abs=1e-5)
+
+
+def test_a_selector_that_may_end_trains_is_evaluated_and_saved(make_trainer):
+    trainer = make_trainer(eval_dataset=make_dataset(4), min_selected=0, document_cost=3.0, max_answer_length=4)
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "selector/documents" in each]
+    assert len(logs) == 4 and all(0 <= each["selector/documents"] <= 2 for each in logs)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_documents"] <= 2 and "eval_recall@2" in metrics
+    trainer.save_model()
+    pipe = RAGPipeline.from_pretrained(trainer.args.output_dir, options=LoadOptions(device="cpu"))
+    records = make_dataset(4).to_list()
+    assert pipe.config.min_selected == 0
+    outputs = pipe([r["question"] for r in records], documents=[r["documents"] for r in records])
+    counts = [len(output.documents) for output in outputs]
+    assert sum(counts) / 4 == pytest.approx(metrics["eval_documents"])
+    with torch.no_grad():
+        alone = pipe.rag.answer(records, torch.zeros(4, 2, dtype=torch.long), 4)
+    assert all(output.answer == answer for output, answer, n in zip(outputs, alone, counts, strict=True) if n == 0)
+    assert len(pipe(records[0]["question"], documents=records[0]["documents"][:1]).documents) <= 1
+    assert "".join(pipe.stream(records[0]["question"], records[0]["documents"]).pieces).strip() == outputs[0].answer
 
 
 def test_training_and_evaluation_with_distinct_permutations(make_trainer):

@@ -207,7 +207,7 @@ def _samples(beams: Sequence[Sequence[_Beam]], num_permutations: int, device: to
         inclusion = log_inclusion(torch.tensor([beam.proposal_logp for beam in drawn], dtype=torch.double), threshold)
         missing = num_permutations - len(drawn)
         drawn += drawn[:1] * missing
-        permutations.append([beam.writer.permutation for beam in drawn])
+        permutations.append([beam.writer.codec.padded(beam.writer.permutation) for beam in drawn])
         logps.append([beam.logp for beam in drawn])
         proposal_logps.append([*(inclusion - math.log(num_permutations)).tolist(), *[math.inf] * missing])
     return PermutationSamples(

@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from .codec import PermutationCodec
 from .prompts import PromptBuilder, Template
 from .roles import ROLES, Role
-from .shared_prefix import check_layers
 
 
 def refuse_file(name: str | Path | None) -> None:
@@ -70,8 +69,7 @@ def context_length(
     Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit.
 
     Raises:
-        `ValueError`: an encoder-decoder model, which cannot write on from a prompt, or one with layers in which
-            permutations cannot share their prompt.
+        `ValueError`: an encoder-decoder model, which cannot write on from a prompt.
     """
     if isinstance(model, str):
         try:
@@ -84,7 +82,6 @@ def context_length(
         config = model.config
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
-    check_layers(config)
     return longest_sequence(config)
 
 

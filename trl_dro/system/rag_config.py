@@ -29,7 +29,9 @@ class RAGConfig:
 
     Args:
         num_selected (`int`, *optional*, defaults to `5`):
-            Documents in a permutation, K.
+            Documents in a permutation, K; the most, if it may end early.
+        min_selected (`int`, *optional*):
+            Documents from which a permutation may end; by default all K.
         max_candidates (`int`, *optional*, defaults to `20`):
             Candidates shown to the selector, n: the first ones in retrieval order.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
@@ -49,6 +51,7 @@ class RAGConfig:
     """
 
     num_selected: int = 5
+    min_selected: int | None = None
     max_candidates: int = 20
     retriever_prior: float = 0.0
     selector_template: Template = SELECTOR_TEMPLATE

@@ -33,6 +33,7 @@ from ..model.codec import PermutationCodec
 from ..model.loading import load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from ..model.self_check import SharedPrefix, check_rows
 from .adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from .rag_config import CONFIG_FILE, RAGConfig
 
@@ -246,6 +247,8 @@ class LoadOptions:
             Whether to run code that ships with a model.
         token (`str` or `bool`, *optional*):
             Token for private repos.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            As in [`DROConfig`].
     """
 
     dtype: str | torch.dtype = "auto"
@@ -254,6 +257,7 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     token: str | bool | None = None
+    shared_prefix: SharedPrefix = "auto"
     target: torch.device = field(init=False)
 
     def __post_init__(self):
@@ -355,15 +359,18 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     roles = Roles(role_model, trained=())
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
-    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    check_rows(rag, options.shared_prefix)
+    return rag
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
-    config = replace(config, num_selected=num_selected)
-    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
+    min_selected = min(rag.codec.min_selected, num_selected)
+    config = replace(config, num_selected=num_selected, min_selected=min_selected)
+    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
     return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
 

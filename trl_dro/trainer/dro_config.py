@@ -10,6 +10,7 @@ from .._trl_compat import _BaseConfig
 from ..model.importance import Sampling, SelectorEstimator
 from ..model.permutation import SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
+from ..model.self_check import SharedPrefix
 from .estimation import AnswerTarget
 from .ranges import check_numbers
 
@@ -20,6 +21,7 @@ _CHOICES = {
     "sampling": list(get_args(Sampling)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
+    "shared_prefix": list(get_args(SharedPrefix)),
 }
 # Settings of transformers that nothing here heeds: name, value that asks for nothing, reason.
 _IGNORED = (
@@ -48,6 +50,10 @@ class DROConfig(_BaseConfig):
             `selector_model` is given as a string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to load models and tokenizers that ship custom Python code from the Hub.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            Whether permutations share their prompt's tokens, which makes an update several times as fast. At the start
+            every model is tried on a few short sequences: `"auto"` shares where that is exact and warns where it is
+            not, `"always"` refuses a model for which it is not, `"never"` gives each sequence a row of its own.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Turn off all dropout, that of the adapters included. Importance weights compare likelihoods, and dropout
             would make them noise.
@@ -58,6 +64,9 @@ class DROConfig(_BaseConfig):
             Candidates shown to the selector, n: the first ones in retrieval order.
         num_selected (`int`, *optional*, defaults to `5`):
             Documents in a permutation, K.
+        min_selected (`int`, *optional*):
+            Documents from which the selector may end its permutation: then it chooses, before each further document,
+            between going on and the end. `0` lets it select none. By default it selects all K.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
             \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
@@ -100,6 +109,9 @@ class DROConfig(_BaseConfig):
             likelihoods are summed.
         weight_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the importance weights; above 1 flattens them.
+        document_cost (`float`, *optional*, defaults to `0.0`):
+            What each selected document must be worth, \\( \lambda \\) in nats: weights are multiplied by
+            \\( \exp(-\lambda |z|) \\). For selectors that may end, see `min_selected`.
         steps_per_estimation (`int`, *optional*, defaults to `1`):
             Micro-batches that one E-step serves. `1` is incremental EM, with fresh samples for every step; `-1` is a
             whole epoch, the paper's Algorithm 1.
@@ -182,10 +194,22 @@ class DROConfig(_BaseConfig):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Turn off all dropout, that of the adapters included."}
     )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Share a prompt's tokens between permutations: where the model is shown to be exact, always (or "
+            "refuse it), or never.",
+            "choices": _CHOICES["shared_prefix"],
+        },
+    )
 
     # Prompts
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    min_selected: int | None = field(
+        default=None,
+        metadata={"help": "Documents from which the selector may end its permutation; by default it selects all K."},
+    )
     retriever_prior: float = field(
         default=0.0,
         metadata={"help": "Say of the retriever's ranking in the selector's choices; 0 is the model's choice alone."},
@@ -249,6 +273,9 @@ class DROConfig(_BaseConfig):
     )
     weight_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the importance weights; above 1 flattens them."}
+    )
+    document_cost: float = field(
+        default=0.0, metadata={"help": "Nats that each selected document must be worth, where min_selected is set."}
     )
     steps_per_estimation: int = field(
         default=1, metadata={"help": "Micro-batches that one E-step serves; -1 is a whole epoch (Algorithm 1)."}
@@ -360,6 +387,12 @@ class DROConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        if self.min_selected is not None and not 0 <= self.min_selected <= self.num_selected:
+            raise ValueError(
+                f"min_selected={self.min_selected}: it must lie between 0 and num_selected={self.num_selected}"
+            )
+        if not 0 <= self.document_cost < math.inf:
+            raise ValueError(f"document_cost={self.document_cost}: it must be a finite number of at least 0")
         for name in ("selector_learning_rate", "generator_learning_rate", "collapse_threshold"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0")

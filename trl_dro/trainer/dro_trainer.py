@@ -23,6 +23,7 @@ from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
 from ..model.sampling import PermutationSamples
+from ..model.self_check import check_rows
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (
@@ -167,6 +168,7 @@ class DROTrainer(RoleTrainer):
         self.rag = RAGModel(
             self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
         )
+        check_rows(self.rag, args.shared_prefix, noiseless=args.disable_dropout)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -277,7 +279,7 @@ class DROTrainer(RoleTrainer):
         # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
         read = None
         same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
-        if same_weights and not args.gradient_checkpointing:
+        if same_weights and self.rag.keeps_prompts():
             with self._inference(gradients=True):
                 read = self.rag.read(questions)
         with self._inference():
@@ -341,7 +343,8 @@ class DROTrainer(RoleTrainer):
                 logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / update_size
+            terms = self._note_terms(role, coefficients * torch.where(kept, logps, 0.0))
+            loss = -terms.sum() / update_size
             self.accelerator.backward(loss)
         # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
         self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)
@@ -375,8 +378,9 @@ class DROTrainer(RoleTrainer):
             return torch.where(kept, logps, estimate.answer_logps[rows])
 
     def _weigh(self, estimate: Estimate, selector_logps: Tensor | None = None) -> Weights:
-        args = self.args
-        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor, selector_logps)
+        a = self.args
+        settings = (a.selector_estimator, a.weight_temperature, a.likelihood_floor)
+        return estimate.weigh(*settings, selector_logps, a.document_cost)
 
     def _sample(
         self,
@@ -406,7 +410,8 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        for name, values in estimate.statistics(weights, self.args.tiny_likelihood, self.args.sampling).items():
+        settings = (self.args.tiny_likelihood, self.args.sampling, self.rag.codec.may_end)
+        for name, values in estimate.statistics(weights, *settings).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
         self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
@@ -417,8 +422,7 @@ class DROTrainer(RoleTrainer):
             means = self._means.pop()
             logs.update(means)
             # With few documents there are fewer permutations than samples.
-            num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
-            most = min(self.args.num_permutations, num_possible)
+            most = min(self.args.num_permutations, self.rag.codec.num_permutations(self.args.max_candidates))
             unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
             if unique / most < self.args.collapse_threshold and not self._collapse_warned:
                 self._collapse_warned = True

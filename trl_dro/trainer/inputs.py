@@ -70,7 +70,7 @@ def check_inputs(
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)
-    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected, args.min_selected)
     context = context_length(model, generator_revision(args), args.trust_remote_code)
     contexts: dict[Role, int | None] = {"selector": context, "generator": context}
     if selector_model is not None:
@@ -164,7 +164,7 @@ def load_roles(
     cast_adapters_for_quantized_base(roles)
     if args.disable_dropout:
         disable_dropout(role_model)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or any(roles.is_checkpointed(role) for role in ROLES):
         roles.enable_input_require_grads()
     return roles
 
@@ -205,11 +205,16 @@ def load_model(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns off dropout for good: that of modules, and the functional one of attention layers."""
+    """
+    Turns off dropout for good: that of modules, the functional one whose rate is a module's or a config's attribute,
+    dropped layers, and the jitter of routers.
+    """
     disable_dropout_in_model(model)
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    configs = {id(module.config): module.config for module in model.modules() if "config" in vars(module)}
+    for holder in (*model.modules(), *configs.values()):
+        for name, value in vars(holder).items():
+            if type(value) is float and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def refuse_unsupported(args: DROConfig) -> None:
@@ -218,7 +223,8 @@ def refuse_unsupported(args: DROConfig) -> None:
     DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
     only.
     """
-    check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
+    if args.shared_prefix != "never":
+        check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
     if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise ValueError(
             "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "

@@ -143,7 +143,7 @@ def permutation_rows(
             "question": question_text(question["question"]),
             "answer": target[0],
             "permutation": PermutationCodec.text(permutation),
-            "titles": [_heading(question["documents"][i - 1]) for i in permutation],
+            "titles": [_heading(question["documents"][i - 1]) for i in permutation if i],
             "logp": logp,
             "answer_logp": answer_logp,
             "weight": weight,

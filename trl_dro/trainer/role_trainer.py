@@ -75,6 +75,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         self.roles = roles
         self.tokenizers = tokenizers
         self._usable_questions = 0  # of the update under way
+        self._moved_roles: set[Role] = set()  # by its losses
         self._last_rows: list[int] = []
         self._skipped_updates = 0  # in a row
         super().__init__(model=roles.model, processing_class=tokenizers["generator"], **kwargs)
@@ -121,13 +122,26 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_gradients(self) -> None:
-        """Logs the norm of each role's gradient, and leaves out an update that could only do harm."""
+        """
+        Logs the norm of each role's gradient, and leaves out an update that could only do harm.
+
+        Raises:
+            `RuntimeError`: a role has a loss and no gradient at all.
+            `FloatingPointError`: too many updates in a row were left out.
+        """
         scaler = self.accelerator.scaler  # of fp16 alone, which leaves out such updates by itself
         scale = 1.0 if scaler is None else scaler.get_scale()
         norms = {}
         for role in self.roles.trained:
             gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
             norms[role] = nn.utils.get_total_norm(gradients) / scale
+            # In fp16 a gradient may be too small for its dtype.
+            if scaler is None and role in self._moved_roles and norms[role] == 0:
+                raise RuntimeError(
+                    f"update {self.state.global_step + 1}: the {role} has a loss and no gradient, so that it would "
+                    "never learn: its weights are frozen, quantized or not used by its forward"
+                )
+        self._moved_roles.clear()
         usable = torch.tensor(float(self._usable_questions), device=self.args.device)
         usable = self.accelerator.reduce(usable, reduction="sum")
         self._usable_questions = 0
@@ -150,6 +164,12 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
                 f"{self._skipped_updates} updates in a row were not finite (last questions: {shown}): lower the "
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
+
+    def _note_terms(self, role: Role, terms: Tensor) -> Tensor:
+        """Notes whether a role's loss has terms, weighted log-probabilities, that are not zero; returns them."""
+        if bool((terms.detach().abs() > 1e-6).any()):
+            self._moved_roles.add(role)
+        return terms
 
     def _warn_of_unusable(self, usable: Tensor) -> None:
         rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
