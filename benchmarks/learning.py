@@ -170,6 +170,7 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("rws_centered"),
             Setting("rws", dro={"selector_estimator": "rws"}),
             Setting("vimco", dro={"selector_estimator": "vimco"}),
+            Setting("distinct", dro={"sampling": "distinct"}),
             Setting("rws_centered, m=2", dro={"num_permutations": 2}),
             Setting("rws, m=2", dro={"num_permutations": 2, "selector_estimator": "rws"}),
             Setting("mean likelihood", dro={"answer_likelihood": "mean"}),
@@ -194,6 +195,10 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
         "context": [
             Setting("joint", probe=context_reliance),
             Setting("decoupled", trainer=None, teacher="retriever", probe=context_reliance),
+        ],
+        "stopping": [
+            Setting("all K documents"),
+            *(Setting(f"cost {cost}", dro={"min_selected": 0, "document_cost": cost}) for cost in (0.0, 0.1, 0.5)),
         ],
         "controls": [
             Setting("joint", shuffled_candidates=True),

@@ -74,7 +74,15 @@ class DocumentwiseRAG(RAGModel):
 
     @torch.no_grad()
     def sample(
-        self, questions, num_permutations, temperature=1.0, top_p=1.0, greedy=False, seeds=None, read=None
+        self,
+        questions,
+        num_permutations,
+        temperature=1.0,
+        top_p=1.0,
+        greedy=False,
+        seeds=None,
+        read=None,
+        sampling="independent",
     ) -> PermutationSamples:
         """The most probable documents if `greedy`, else documents drawn one after the other without repetition."""
         logps = self.document_logps(questions).unsqueeze(1)  # [B, 1, n]

@@ -329,11 +329,21 @@ class UnsharedTrainer(MeteredTrainer):
 class UnsharedRAG(RAGModel):
     """Every permutation in a row of its own, prompt included, from the sampling on."""
 
-    def sample(self, questions, num_permutations, temperature=1.0, top_p=1.0, greedy=False, seeds=None, read=None):
+    def sample(
+        self,
+        questions,
+        num_permutations,
+        temperature=1.0,
+        top_p=1.0,
+        greedy=False,
+        seeds=None,
+        read=None,
+        sampling="independent",
+    ):
         repeated = [question for question in questions for _ in range(num_permutations)]
         with torch.no_grad():
             samples = sample_permutations(
-                self._packed("selector"),
+                self.reader("selector"),
                 self.codec,
                 self.read(repeated),
                 [len(question["documents"]) for question in repeated],
@@ -611,6 +621,21 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return result
 
 
+def measure_sampling(preset: Preset, base: Path, folder: Path, tokenizer: Any) -> dict[str, float]:
+    """Seconds to read a selector prompt and draw its permutations, independent and distinct ones."""
+    trainer = make_trainer(DROTrainer, replace(preset, steps=1), base, folder, tokenizer)
+    meter, rag, question = Meter(preset.device), trainer.rag, trainer.train_dataset[0]
+    trainer.model.eval()
+    seconds = defaultdict(list)
+    for seed in range(1 + 3 * preset.peer_steps):
+        for sampling in ("independent", "distinct"):
+            start = meter.now()
+            with trainer.accelerator.autocast(), torch.no_grad():
+                rag.sample([question], preset.num_permutations, seeds=[seed], sampling=sampling)
+            seconds[sampling].append(meter.now() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
 def run(preset: Preset, folder: Path) -> dict[str, Any]:
     console = Console(width=110)
     tokenizer = make_tokenizer(preset.model["vocab_size"])
@@ -679,7 +704,13 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
             ],
         )
     )
+    sampling = measure_sampling(preset, base, folder, tokenizer)
+    console.print(
+        f"selector's E-step: {sampling['independent']:.3f} s for {preset.num_permutations} independent permutations, "
+        f"{sampling['distinct']:.3f} s for distinct ones, {sampling['distinct'] / sampling['independent']:.2f}x"
+    )
     result = {
+        "sampling_seconds": sampling,
         "speedup": speedup,
         "seconds": seconds,
         "tokens": tokens,

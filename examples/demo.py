@@ -74,6 +74,7 @@ def warm_up(world: WorldArguments, args: DROConfig, peft_config: LoraConfig, rec
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=args.use_cpu,
+                dataloader_pin_memory=args.dataloader_pin_memory,
                 save_strategy="no",
                 logging_steps=10,
                 report_to="none",

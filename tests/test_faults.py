@@ -6,6 +6,8 @@ import json
 import logging
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,14 @@ from trl_dro import DROConfig, DROTrainer
 from trl_dro.data import read_questions
 from trl_dro.model.roles import ROLES
 from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
+from trl_dro.trainer.run import checkpoints_of_run
 
 from .tiny_models import bpe_tokenizer, tiny_llama
 from .trainer.test_dro_trainer import make_dataset, randomize_adapters, run_step
 
 
 TOKENIZER = bpe_tokenizer(split_digits=False)
-LOGS = {"log_history.jsonl", "_permutations"}  # what a run leaves without checkpoints
+LOGS = {"log_history.jsonl", "_permutations", "run.json", ".lock"}  # what a run leaves without checkpoints
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
 
 
@@ -390,6 +393,68 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot resume from .*no such folder") as error:
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     one_line(error)
+
+
+OTHER_RUNS = {
+    "learning_rate=0.01, not 0.02": {"learning_rate": 0.02},
+    "num_selected=2, not 1": {"num_selected": 1},
+    "seed=42, not 7": {"seed": 7},
+    "selector_template=.*, not .*": {"selector_template": "{documents}\n{question} {format}"},
+    "another train_dataset, which has changed since": {"dataset": make_dataset(7)},
+    "another base, which has changed since": {"model": lambda: tiny_llama(TOKENIZER, seed=9)},
+}
+
+
+@pytest.mark.parametrize("difference", OTHER_RUNS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_checkpoint_of_another_run_is_refused(damaged_run, difference, by_name):
+    settings = {name: value() if callable(value) else value for name, value in OTHER_RUNS[difference].items()}
+    trainer = make_trainer(damaged_run, max_steps=8, **settings)
+    before = weights_of(trainer)
+    newest = damaged_run / "checkpoint-4"
+    with pytest.raises(ValueError, match=f"cannot resume from {newest}: it is of a run with {difference}") as error:
+        trainer.train(resume_from_checkpoint=str(newest) if by_name else True)
+    assert "name another output_dir to begin a new run" in one_line(error)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+
+
+def test_a_new_run_in_an_old_folder_says_so_and_never_resumes_the_old_one(damaged_run, caplog):
+    first = make_trainer(damaged_run, max_steps=1, save_strategy="steps", save_steps=1)
+    with caplog.at_level(logging.WARNING):
+        first.train()
+    [warning] = [message for message in caplog.messages if "of an earlier run" in message]
+    assert "checkpoint-4" in warning and "\n" not in warning
+    assert [path.name for path in find_checkpoints(damaged_run)] == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
+    assert [path.name for path in checkpoints_of_run(damaged_run)] == ["checkpoint-1"]
+    resumed = make_trainer(damaged_run, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(history(resumed, "loss")) == 3  # the first update is the new run's own
+    make_trainer(damaged_run).train()
+    assert not checkpoints_of_run(damaged_run)  # so that the command starts anew
+
+
+def test_two_trainings_into_one_folder_are_refused(tmp_path):
+    code = (
+        "import sys, time; from trl_dro.data.storage import alone_in\n"
+        "with alone_in(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is writing to .*name another output_dir") as error:
+            trainer.train()
+        one_line(error)
+        other.kill()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(damaged_run):
+    for folder in (damaged_run, damaged_run / "checkpoint-2", damaged_run / "checkpoint-4"):
+        (folder / "run.json").unlink()
+    trainer = make_trainer(damaged_run, max_steps=5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5
 
 
 @pytest.mark.parametrize(

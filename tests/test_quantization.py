@@ -55,10 +55,6 @@ def trainer(tmp_path):
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
         quantization_config=NF4,
     )
-    for module in trainer.model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On some CPUs a forward without gradients repacks the weights, and gradients are lost afterwards.
-            module.support_avx512bf16_for_cpu = False
     return trainer
 
 
@@ -116,9 +112,6 @@ def make_trainer(folder, quantization_config=NF4, lora_rank=4, **settings):
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=lora_rank, target_modules="all-linear"),
         quantization_config=quantization_config,
     )
-    for module in trainer.model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
     return trainer
 
 

@@ -138,11 +138,6 @@ def test_broken_corpus_ends_in_one_line_with_file_and_line(run, files, capsys):
     assert "corpus.jsonl, line 31, key id: 'p3' is also the id of line 4" in message
 
 
-def real_parser(name):
-    """The parser by the imported modules, not by their source."""
-    return make_parser(name, vars(import_module(f"trl_dro.commands.{name}")))
-
-
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["trl-dro", *map(str, arguments)])
     main()
@@ -173,7 +168,7 @@ def test_help_lists_each_command_with_what_it_does(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_tells_every_setting_and_what_it_does(name, monkeypatch, capsys):
-    types = real_parser(name).dataclass_types
+    types = make_parser(name).dataclass_types
     flag = "--help-all" if name in ("train", "warmup") else "--help"
     with pytest.raises(SystemExit) as info:
         call(monkeypatch, name, flag)
@@ -270,7 +265,7 @@ def test_commands_that_load_a_system_load_it_alike(capsys):
     shared = ["load_in_4bit", "attn_implementation", "base_model", "revision"]
     assert set(shared) < set(loading)
     for name in ("evaluate", "predict", "serve"):
-        actions = {action.dest: action for action in real_parser(name)._actions}
+        actions = {action.dest: action for action in make_parser(name)._actions}
         assert all(actions[each].help == LoadArguments.__dataclass_fields__[each].metadata["help"] for each in shared)
     options = ServeArguments(model="run", load_in_4bit=True, attn_implementation="eager", device="cpu").load_options()
     assert options.quantization_config.load_in_4bit and options.attn_implementation == "eager"
@@ -278,7 +273,7 @@ def test_commands_that_load_a_system_load_it_alike(capsys):
 
 @pytest.mark.parametrize("name", ["retrieve", "train", "evaluate", "predict", "serve"])
 def test_every_corpus_is_told_of_alike(name):
-    [action] = [action for action in real_parser(name)._actions if action.dest == "corpus"]
+    [action] = [action for action in make_parser(name)._actions if action.dest == "corpus"]
     assert action.help.startswith(CORPUS_HELP)
 
 

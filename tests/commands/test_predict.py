@@ -47,7 +47,8 @@ def test_answers_are_those_of_the_pipeline(folder, questions, tmp_path):
         output = pipe(record["question"], documents=record["documents"])
         assert row["answer"] == output.answer
         assert row["selected"] == [document.position for document in output.documents]
-        assert row["selected_ids"] == [document.id for document in output.documents]
+        for name in ("id", "title", "text"):
+            assert row[f"selected_{name}s"] == [getattr(document, name) for document in output.documents]
         assert row["probabilities"] == pytest.approx([document.probability for document in output.documents], abs=1e-4)
 
 
@@ -99,8 +100,8 @@ def test_results_of_a_system_that_has_changed_since_are_not_taken_for_its_own(tm
     def ask():
         settings = {"dataset_name": str(tmp_path / "data"), "output_dir": output, "device": "cpu"}
         if command == "predict":
-            return predict(PredictArguments(str(run), **settings))
-        return evaluate(EvaluationArguments(str(run), **settings))
+            return predict(PredictArguments(model=str(run), **settings))
+        return evaluate(EvaluationArguments(model=str(run), **settings))
 
     ask()
     ask()

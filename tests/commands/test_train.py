@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from trl_dro import DROConfig, DROTrainer
 from trl_dro.commands import train as training
 from trl_dro.commands.train import TrainArguments, train
 from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
+from trl_dro.system.run_folder import find_role
 
 from ..tiny_models import bpe_tokenizer, tiny_llama
 
@@ -161,3 +163,20 @@ def test_dry_run_finds_what_the_run_would_end_with(files):
         train(*parse(*arguments, "--max_answer_length", 1))
     with pytest.raises(ValueError, match="quantized weights cannot be trained: set --use_peft"):
         train(*parse(*arguments[:-2], "--load_in_4bit", "--dry_run"))
+
+
+def test_a_small_run_is_told_in_units_that_fit_it_and_for_a_cpu(files, capsys):
+    data = ("--questions", files / "questions.jsonl", "--corpus", files / "corpus.jsonl", "--max_candidates", 6)
+    train(*parse(*data, "--output_dir", files / "run", "--use_peft", "--max_steps", 2, "--dry_run"))
+    shown = capsys.readouterr().out
+    assert re.search(r"work of an update *│ *[1-9][\d,.]* [GT]FLOP", shown)
+    assert re.search(r"time of the run *│ *[\d.]+ s if each process sustains 0.1 TFLOP/s", shown)
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--selector_model_name_or_path"])
+def test_a_file_in_place_of_a_model_is_refused_in_one_line(flag, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="model.gguf is a GGUF file, for llama.cpp: name the model it was made from"):
+        train(*parse("--dry_run", flag, tmp_path / "model.gguf"))
+    with pytest.raises(ValueError, match="model.gguf is a GGUF file"):
+        find_role(tmp_path / "model.gguf", "generator")

@@ -230,3 +230,18 @@ def test_built_dataset_spans_chunks_in_order():
 def test_strings_and_dialogues_do_not_mix():
     with pytest.raises(DatasetError, match="row 1, column question.*row 0 holds a string; use one form"):
         build_dataset([record(), record(question=chat(("user", "hi")))])
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow"])
+def test_a_dataset_whose_rows_are_no_dicts_is_refused(form):
+    dataset = build_dataset([RECORD]).with_format(form)
+    with pytest.raises(DatasetError, match=f"has the format '{form}'.*with_format"):
+        validate_dataset(dataset, 1)
+
+
+def test_documents_that_are_strings_are_named():
+    with pytest.raises(DatasetError, match=r"row 0, column documents\[0\]: must be a dict with id, title and text"):
+        build_dataset([{"question": "who?", "answers": ["Anna"], "documents": ["Anna Brown"]}])
+
+
+RECORD = {"question": "who?", "answers": ["Anna"], "documents": [{"id": "a", "title": None, "text": "Anna"}]}

@@ -138,7 +138,7 @@ def test_signal_to_one_process_stops_both_with_a_checkpoint_from_which_both_resu
     settings = job("E-step per 4 updates", 2, tmp_path) | {"save_strategy": "steps", "save_steps": 1000}
     together = launch([settings | {"pause": 0.3}], log)
     end = time.monotonic() + SECONDS
-    while log.read_text().count("'loss'") < 2:
+    while log.read_text().count(": loss ") < 2:
         assert together.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.01)
     [pid] = re.findall(r"process (\d+) is rank 1", log.read_text())

@@ -5,15 +5,20 @@ import json
 import os
 import sys
 import urllib.request
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.test_faults import make_trainer
+from tests.test_faults import TOKENIZER, make_trainer
+from tests.tiny_models import tiny_llama
 from tests.trainer.test_dro_trainer import make_dataset
 from trl_dro import LoadOptions, RAGPipeline
+from trl_dro.commands.cli import run
+from trl_dro.demo import world
+from trl_dro.demo.tiny import TINY_MODEL
 
 
 RECORDS = make_dataset(4).to_list()
@@ -48,7 +53,38 @@ def push(folder):
     for name in ("secret", "cut-twice", "cut-always"):
         trainer.hub_model_id, trainer.args.hub_model_id = None, f"me/{name}-dro"
         trainer.push_to_hub(private=name == "secret")
-    return {"first": answers, "again": again, "revision": first.oid}
+    return {"first": answers, "again": again, "revision": first.oid, "folder": str(folder)}
+
+
+def push_from_folder(folder):
+    """Pushes a run trained on a model in a folder of this machine, in whose folder other things lie."""
+    folder = Path(folder)
+    tiny_llama(TOKENIZER).save_pretrained(folder / "model")
+    TOKENIZER.save_pretrained(folder / "model")
+    output = folder / "run"
+    (output / "report").mkdir(parents=True)
+    for stray in (".env", "notes.txt", "questions.jsonl", "report/index.html", "selector/secrets.txt"):
+        (output / stray).parent.mkdir(exist_ok=True)
+        (output / stray).write_text("OPENAI_API_KEY=sk-secret")
+    settings = SETTINGS | {"hub_model_id": "me/local-dro", "hub_strategy": "checkpoint", "save_strategy": "steps"}
+    trainer = make_trainer(
+        output, model=str(folder / "model"), push_to_hub=True, save_steps=1, hub_token="hf_loopback", **settings
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.push_to_hub()
+    return {"stray": (output / ".env").is_file()}
+
+
+def warm_up_and_push(folder):
+    """Warms up both roles and pushes them."""
+    folder = Path(folder)
+    world.synthetic_world(8, 1, num_documents=4)[0].save_to_disk(folder / "data")
+    flags = f"--dataset_name {folder}/data --num_selected 2 --max_candidates 4 --output_dir {folder}/sft --max_steps 1"
+    flags += " --use_cpu --bf16 false --report_to none --push_to_hub --hub_model_id me/tiny-sft"
+    run(["warmup", *flags.split(), "--hub_token", "hf_loopback", "--save_steps", "1"])
+    pipe = RAGPipeline.from_pretrained("me/tiny-sft", base_model=str(TINY_MODEL), options=LoadOptions(device="cpu"))
+    return {"num_selected": pipe.config.num_selected}
 
 
 def cut(number):
@@ -94,5 +130,5 @@ def download(revision):
 
 
 if __name__ == "__main__":
-    result = {"push": push, "download": download}[sys.argv[1]](*sys.argv[2:])
+    result = globals()[sys.argv[1]](*sys.argv[2:])
     print("RESULT" + json.dumps(result))

@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def downloaded(hub, pushed, tmp_path_factory):
 
 def test_a_repo_has_both_roles_and_all_that_goes_with_them_and_no_checkpoint(hub, pushed):
     _, files = hub.repos["me/tiny-dro"].files("main")
-    expected = {"base/model.safetensors", "rag_config.json", "metrics.json", "training_args.bin", "README.md"}
+    expected = {"base/model.safetensors", "rag_config.json", "metrics.json", "README.md"}
     for role in ("selector", "generator"):
         expected |= {
             f"{role}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
@@ -99,10 +100,54 @@ def test_the_card_tells_base_dataset_results_and_how_to_load(hub, pushed):
         assert text in card.text
 
 
-def test_no_token_is_uploaded(hub, pushed):
-    for repo in hub.repos.values():
-        for files in repo.commits.values():
-            assert not [name for name, data in files.items() if TOKEN.encode() in data]
+@pytest.fixture(scope="module")
+def warmed_up(hub, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("warm")
+    return folder, client(hub, folder / "home", "warm_up_and_push", folder)
+
+
+@pytest.fixture(scope="module")
+def from_folder(hub, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    return folder, client(hub, folder / "home", "push_from_folder", folder)
+
+
+def test_no_token_is_written_or_uploaded_by_any_command(hub, pushed, warmed_up, from_folder):
+    uploaded = [item for repo in hub.repos.values() for files in repo.commits.values() for item in files.items()]
+    written = [
+        (str(path), path.read_bytes())
+        for folder in (Path(pushed["folder"]), warmed_up[0] / "sft", from_folder[0] / "run")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    assert any(name.endswith("training_args.bin") for name, _ in written) and len(uploaded) > 50
+    assert not [name for name, data in uploaded + written if TOKEN.encode() in data]
+
+
+def test_a_warm_up_pushes_both_roles_as_a_run_does(hub, warmed_up):
+    _, files = hub.repos["me/tiny-sft"].files("main")
+    roles = {f"{role}/adapter_model.safetensors" for role in ("selector", "generator")}
+    assert roles | {"rag_config.json"} <= set(files)
+    assert files["selector/adapter_model.safetensors"] != files["generator/adapter_model.safetensors"]
+    assert not [name for name in files if name.endswith(".bin") or "checkpoint" in name]
+    assert warmed_up[1]["num_selected"] == 2
+
+
+def test_nothing_is_uploaded_but_what_a_user_of_the_system_needs(hub, pushed, from_folder):
+    folder, result = from_folder
+    assert result["stray"]  # it lay there
+    for repo in ("me/local-dro", "me/tiny-dro"):
+        _, files = hub.repos[repo].files("main")
+        rest = {name for name in files if not re.match(r"(base|last-checkpoint|(selector|generator)(/base)?)/", name)}
+        assert rest == {".gitattributes", "README.md", "metrics.json", "rag_config.json"}
+        assert {name.split("/")[-1] for name in files if name.startswith(("selector/", "generator/"))} <= {
+            *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("chat_template.jinja", "special_tokens_map.json"),
+        }
+    _, files = hub.repos["me/local-dro"].files("main")
+    assert not [name for name, data in files.items() if str(folder).encode() in data or b"sk-secret" in data]
+    assert json.loads(files["selector/adapter_config.json"])["base_model_name_or_path"] is None
+    assert "last-checkpoint/optimizer.pt" in files  # asked for by hub_strategy
 
 
 def test_a_fresh_process_answers_as_before_the_push(pushed, downloaded):
@@ -141,6 +186,8 @@ def test_a_download_that_never_succeeds_loads_nothing_and_goes_on_later(pushed, 
 def test_training_arguments_are_pickled_without_the_token():
     from trl_dro import DROConfig
 
-    args = DROConfig("out", hub_token="hf_secret", report_to="none")
-    assert args.hub_token == "hf_secret"
-    assert pickle.loads(pickle.dumps(args)).hub_token is None
+    kwargs = {"token": "hf_secret", "dtype": "auto"}
+    args = DROConfig("out", hub_token="hf_secret", report_to="none", model_init_kwargs=kwargs)
+    assert args.hub_token == args.model_init_kwargs["token"] == "hf_secret"
+    assert b"hf_secret" not in pickle.dumps(args)
+    assert pickle.loads(pickle.dumps(args)).model_init_kwargs["dtype"] == "auto"

@@ -143,3 +143,52 @@ def test_gradient_with_a_prior_is_that_of_the_enumerated_distribution(kind):
 
     without = enumerate_logps(model, codec, prompt, everything, 11).exp()
     assert mean_score(logps.exp()) < 1e-5 < 1e-2 < mean_score(without)
+
+
+def all_lengths(n, min_selected, num_selected):
+    return [z for size in range(min_selected, num_selected + 1) for z in itertools.permutations(range(1, n + 1), size)]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("min_selected", [0, 1])
+def test_probabilities_of_permutations_of_all_lengths_sum_to_one(kind, min_selected):
+    tokenizer = TOKENIZERS[kind]()
+    model = tiny_llama(tokenizer)
+    prompt = tokenizer("Question: who wrote the book?").input_ids
+    for n, k, strength in ((4, 3, 0.0), (12, 2, 0.0), (12, 2, 1.5), (2, 2, 0.0)):
+        codec = PermutationCodec(tokenizer, 12, k, min_selected)
+        everything = all_lengths(n, min_selected, k)
+        assert len(everything) == codec.num_permutations(n)
+        prior = [retriever_logits(range(n, 0, -1), strength)] * len(everything)
+        with torch.no_grad():
+            logps = enumerate_logps(model, codec, prompt, everything, n, document_logits=prior)
+        assert logps.double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+        assert min_selected > 0 or logps[0] < 0  # none at all is one of the choices
+
+
+def test_a_prior_says_which_documents_and_not_how_many():
+    tokenizer = word_level_tokenizer()
+    model = tiny_llama(tokenizer)
+    codec = PermutationCodec(tokenizer, 4, 2, 0)
+    prompt, everything = tokenizer("Question: who?").input_ids, all_lengths(4, 0, 2)
+    prior = [retriever_logits([3, 1, 4, 2], 2.0)] * len(everything)
+    with torch.no_grad():
+        alone = enumerate_logps(model, codec, prompt, everything, 4)
+        actual = enumerate_logps(model, codec, prompt, everything, 4, document_logits=prior)
+    assert actual[0].item() == pytest.approx(alone[0].item(), abs=1e-5)  # none
+    assert (actual - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_permutations_of_every_length_round_trip(kind):
+    codec = PermutationCodec(TOKENIZERS[kind](), 12, 3, 0)
+    for permutation in ([], [12], [1, 12], [12, 1, 3]):
+        tokens, branches = codec.encode(permutation)
+        assert codec.decode(tokens) == permutation and len(tokens) <= codec.max_length
+        assert codec.decode(tokens[:-1]) == permutation
+        assert [tokens[b.position] for b in branches] == [b.allowed[b.chosen] for b in branches]
+        assert len(codec.padded(permutation)) == 3
+    with pytest.raises(ValueError, match="is not 0 to 3 distinct ids"):
+        codec.encode([1, 2, 3, 4])
+    with pytest.raises(ValueError, match="min_selected=4 must lie between 0 and num_selected, 3"):
+        PermutationCodec(word_level_tokenizer(), 12, 3, 4)

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from trl_dro import RAGPipeline
+
 from .serving import RECORDS, REQUEST, Broken, Gate, Server, Slow, until
 
 
@@ -80,11 +82,21 @@ def test_other_methods_and_paths_are_refused(server):
 
 
 def test_a_stream_cut_by_the_time_limit_says_so_in_its_last_line(pipe):
-    with Server(Slow(pipe, 0.05), timeout=0.25) as server:
+    class Hangs(RAGPipeline):
+        """Writes nothing after the documents."""
+
+        def __call__(self, *arguments, watch, **settings):
+            def hang(i, output):
+                until(lambda: watch(i, output))
+                return True
+
+            return super().__call__(*arguments, watch=hang, **settings)
+
+    with Server(Hangs(pipe.rag, pipe.config), timeout=1.5) as server:
         status, text = server.ask("/stream")
     lines = [json.loads(line) for line in text.splitlines()]
     assert status == 200 and "documents" in lines[0]
-    assert lines[-1] == {"error": "no answer within 0.25 seconds"}
+    assert lines[-1] == {"error": "no answer within 1.5 seconds"}
 
 
 def test_an_error_in_a_stream_is_its_last_line(pipe):
@@ -165,7 +177,7 @@ def test_requests_whose_client_left_are_taken_out_of_the_queue(pipe):
 
 @pytest.mark.parametrize("path", ["/answer", "/stream"])
 def test_an_answer_ends_when_its_client_leaves(pipe, path):
-    slow = Slow(pipe, 0.05)
+    slow = Slow(pipe, 0.15)
     with Server(slow) as server:
         connection = server.send(path)
         until(lambda: slow.tokens >= 3)

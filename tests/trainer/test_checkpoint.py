@@ -179,13 +179,15 @@ def test_signal_stops_after_the_update_with_a_checkpoint(capfd, number):
     stop = StopOnSignal(Accelerator(cpu=True))
     control = TrainerControl(should_evaluate=True)
     with stop.installed():
+        stop.on_step_begin(SimpleNamespace(), SimpleNamespace(global_step=6, max_steps=60), control)
         stop.on_step_end(SimpleNamespace(), SimpleNamespace(), control)
         assert not (control.should_save or control.should_training_stop) and control.should_evaluate
         signal.raise_signal(number)
         stop.on_step_end(SimpleNamespace(), SimpleNamespace(), control)
     assert control.should_save and control.should_training_stop and not control.should_evaluate
     assert stop.received == number
-    assert capfd.readouterr().err.strip().startswith(f"{number.name}: saving a checkpoint after this update")
+    said = capfd.readouterr().err.strip()
+    assert said == f"{number.name}: saving a checkpoint after update 7 of 60; again to exit at once."
     with stop.installed():  # another training starts afresh
         assert stop.received is None
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
-from trl_dro import DROConfig, DROTrainer
+from trl_dro import DROConfig, DROTrainer, LoadOptions, RAGPipeline
 from trl_dro._trl_compat import _BaseTrainer
 from trl_dro.model.roles import ROLES, RolePair
 
@@ -515,6 +516,90 @@ def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
     assert errors["generator"] < 0.05 and errors["selector"] < 0.25
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}, {"selector_estimator": "rws", "num_permutations": 14}])
+def test_distinct_permutations_give_the_exact_gradient_when_they_are_all_there_are(make_trainer, tokenizer, settings):
+    settings = ONE_QUESTION | {"sampling": "distinct", "num_permutations": 12, "retriever_prior": 0.5} | settings
+    trainer = make_trainer(make_dataset(1), tiny_llama(tokenizer).double(), **settings)
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(f"relative error {errors}")
+    assert max(errors.values()) < 1e-6
+    logs = trainer._means.pop()
+    assert logs["unique_permutations"] == 12 and logs["elbo"] < logs["iwae_bound"]
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        logps = trainer.rag.permutation_logps([record], ALL_12[None])
+        answer_logps = trainer.rag.answer_logps([record], [record["answers"][:1]], ALL_12[None])
+    assert logs["iwae_bound"] == pytest.approx((logps + answer_logps).logsumexp(-1).item(), abs=1e-5)
+    assert logs["elbo"] == pytest.approx((logps.exp() * answer_logps).sum().item(), abs=1e-4)
+    assert logs["selector/entropy"] == pytest.approx(-(logps.exp() * logps).sum().item(), abs=1e-5)
+    draws = settings["num_permutations"]
+    assert logs["expected_unique"] == pytest.approx((1 - (1 - logps.exp()) ** draws).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("min_selected, document_cost, num_possible", [(0, 0.0, 17), (1, 0.3, 16), (0, 0.5, 17)])
+def test_gradient_of_a_selector_that_may_end_matches_enumeration(
+    make_trainer, tokenizer, min_selected, document_cost, num_possible
+):
+    """Of log sum_z p(z) p(y|z) exp(-cost |z|), over permutations of all lengths."""
+    settings = {"sampling": "distinct", "num_permutations": num_possible, "min_selected": min_selected}
+    trainer = make_trainer(
+        make_dataset(1),
+        tiny_llama(tokenizer).double(),
+        **ONE_QUESTION | settings | {"document_cost": document_cost},
+    )
+    record = trainer.train_dataset[0]
+    short = [[0, 0]] * (min_selected == 0) + [[i, 0] for i in range(1, 5)]
+    everything = torch.cat([torch.tensor(short), ALL_12])[None]
+    trainer.model.zero_grad()
+    trainer.model.eval()
+    logps = trainer.rag.permutation_logps([record], everything)
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    answer_logps = trainer.rag.answer_logps([record], [record["answers"][:1]], everything)
+    costs = document_cost * (everything > 0).sum(dim=-1)
+    (-(logps + answer_logps - costs).logsumexp(-1)).sum().backward()
+    exact = {role: gradients(trainer, role) for role in ROLES}
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(errors)
+    assert max(errors.values()) < 3e-6  # rounding: log-probabilities are float32
+    documents = (logps.exp() * (everything > 0).sum(dim=-1)).sum().item()
+    assert trainer._means.pop()["selector/documents"] == pytest.approx(documents, abs=1e-5)
+
+
+def test_a_selector_that_may_end_trains_is_evaluated_and_saved(make_trainer):
+    trainer = make_trainer(eval_dataset=make_dataset(4), min_selected=0, document_cost=3.0, max_answer_length=4)
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "selector/documents" in each]
+    assert len(logs) == 4 and all(0 <= each["selector/documents"] <= 2 for each in logs)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_documents"] <= 2 and "eval_recall@2" in metrics
+    trainer.save_model()
+    pipe = RAGPipeline.from_pretrained(trainer.args.output_dir, options=LoadOptions(device="cpu"))
+    records = make_dataset(4).to_list()
+    assert pipe.config.min_selected == 0
+    outputs = pipe([r["question"] for r in records], documents=[r["documents"] for r in records])
+    counts = [len(output.documents) for output in outputs]
+    assert sum(counts) / 4 == pytest.approx(metrics["eval_documents"])
+    with torch.no_grad():
+        alone = pipe.rag.answer(records, torch.zeros(4, 2, dtype=torch.long), 4)
+    assert all(output.answer == answer for output, answer, n in zip(outputs, alone, counts, strict=True) if n == 0)
+    assert len(pipe(records[0]["question"], documents=records[0]["documents"][:1]).documents) <= 1
+    assert "".join(pipe.stream(records[0]["question"], records[0]["documents"]).pieces).strip() == outputs[0].answer
+
+
+def test_training_and_evaluation_with_distinct_permutations(make_trainer):
+    """Two candidates have two permutations, of which four samples are drawn."""
+    trainer = make_trainer(make_dataset(8, 2), eval_dataset=make_dataset(3), sampling="distinct")
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "unique_permutations" in each]
+    assert len(logs) == 4 and all(each["unique_permutations"] == 2 for each in logs)
+    assert all(math.isfinite(value) for each in logs for value in each.values())
+    metrics = trainer.evaluate()
+    assert metrics["eval_elbo"] <= metrics["eval_iwae_bound"] + 1e-6 and math.isfinite(metrics["eval_elbo"])
+
+
 def test_draws_of_a_question_do_not_depend_on_its_batch(make_trainer):
     trainer = make_trainer(make_dataset(4), per_device_train_batch_size=4)
     [micro_batch] = list(trainer.get_train_dataloader())
@@ -909,3 +994,38 @@ def test_selector_is_trained_with_the_estimator_asked_for(make_trainer, monkeypa
     run_step(trainer)
     norm = gradients(trainer, "selector").norm().item()
     assert norm > 0.1 if estimator == "rws" else norm < 1e-4
+
+
+def test_an_alias_of_the_same_tokens_counts_once(make_trainer):
+    trainer = make_trainer()
+    record = trainer.train_dataset[0]
+    with torch.no_grad():
+        once, again = (
+            trainer.rag.answer_logps([record], [targets], ALL_12[None]) for targets in (["Anna"], ["Anna", "Anna"])
+        )
+    torch.testing.assert_close(again, once)
+
+
+@pytest.mark.parametrize("name", ["data_collator", "model_init", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_arguments_without_a_meaning_here_are_refused_with_the_reason(name):
+    with pytest.raises(TypeError, match=f"DROTrainer takes no `{name}`: ") as error:
+        DROTrainer("no/such-model", **{name: print})
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_ones_own_stand_beside_the_others(make_trainer, tokenizer):
+    dataset = make_dataset(3)
+
+    def length(predictions, records):
+        assert [record["question"] for record in records] == dataset["question"]
+        return {"characters": sum(map(len, predictions)) / len(records)}
+
+    trainer = make_trainer(eval_dataset=dataset)
+    trainer.compute_metrics = length
+    metrics = trainer.evaluate()
+    answers = trainer.predict(dataset).predictions
+    assert metrics["eval_characters"] == pytest.approx(sum(map(len, answers)) / 3) and "eval_em" in metrics
+    for returned, message in (({"em": 1.0}, "'em', which"), ([1.0], "returned list"), ({"a": "b"}, "a='b': it must")):
+        trainer.compute_metrics = lambda predictions, records, returned=returned: returned
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate()

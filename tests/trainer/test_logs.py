@@ -93,7 +93,7 @@ def test_rows_join_question_permutation_and_weight():
         "question": "who [bold]wrote[/bold] it?",
         "answer": "Anna",
         "permutation": "[3] > [1]",
-        "titles": ["", "[b]Anna[/b]"],
+        "titles": ["z", "[b]Anna[/b]"],
         "logp": -2.0,
         "answer_logp": -6.0,
         "weight": 0.75,

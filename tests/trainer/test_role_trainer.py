@@ -280,3 +280,23 @@ def test_save_model_writes_in_place_and_marks_nothing(tmp_path):
     names = set(checkpoints_in(tmp_path / "model"))
     assert {"selector", "generator", "training_args.bin"} <= names
     assert not {name for name in names if name.startswith((".", "_"))}
+
+
+@pytest.mark.parametrize("done", [3, 2])
+def test_a_run_that_is_done_is_not_trained_further_when_it_resumes(tmp_path, done):
+    # 4 updates an epoch: the last checkpoint lies in the middle of one.
+    make_trainer(tmp_path, max_steps=3, **SAVE).train()
+    resumed = make_trainer(tmp_path, max_steps=done, **SAVE)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    saved = load_file(tmp_path / "checkpoint-3" / "selector" / "adapter_model.safetensors")
+    weights = {name.replace(".selector.", "."): p for name, p in resumed.roles.named_parameters("selector")}
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+def test_logs_are_readable_lines(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=2, eval_dataset=make_dataset(2), eval_strategy="steps", eval_steps=2).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[0].startswith("update 1 of 2: loss ") and "bound -" in lines[0] and "ESS " in lines[0]
+    assert lines[2].startswith("evaluation at update 2: EM 0.0%") and lines[3].startswith("trained for ")
+    assert len(lines) == 4 and all(len(line) < 140 and "{" not in line for line in lines)

@@ -228,6 +228,8 @@ class Parser(TrlParser):
         except yaml.MarkedYAMLError as error:
             mark: Any = error.problem_mark
             self.error(f"{mark.name}, line {mark.line + 1}: is no YAML ({error.problem}): write `setting: value`")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"the config file is no YAML ({one_line(error)}): write `setting: value`")
         except (OSError, TypeError, ValueError) as error:
             self.error(one_line(error))
 
@@ -246,15 +248,45 @@ class Parser(TrlParser):
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Settings of a YAML file, checked as those of the command line are."""
-        actions = {action.dest: action for action in self._actions}
+        actions = {action.dest: action for action in reversed(self._actions)}  # not the `--no_…` of a switch
+        types = {each.name: str(each.type) for kind in self.dataclass_types for each in dataclasses.fields(kind)}
         for name, value in config.items():
             if name not in actions:
-                self.error(f"the config file has {name!r}, which is no setting{self._suggestion(name)}")
-            if actions[name].nargs == "+" and not isinstance(value, list):
-                config[name] = [value]
-            elif value is not None and _type_name(actions[name]) in ("int", "float"):
-                config[name] = str(value)  # argparse converts and checks strings only
+                self.error(f"the config file has {name!r}, which is no setting{self._suggestion(str(name))}")
+            config[name] = self._config_value(actions[name], types.get(name, ""), value)
         return super().set_defaults_with_config(**config)
+
+    def _config_value(self, action: Action, declared: str, value: Any) -> Any:
+        """A value of a YAML file as argparse takes it, of which it converts and checks strings only."""
+
+        def refuse(cure: str) -> NoReturn:
+            self.error(f"the config file has {action.dest}: {str(value)[:60]!r}, a {type(value).__name__}; {cure}")
+
+        kind = _type_name(action)
+        if value is None:
+            if action.default is not None or action.required:
+                refuse("give it a value, or leave the setting out")
+        elif action.nargs == "+":
+            value = value if isinstance(value, list) else [value]
+            if not all(isinstance(each, str | (bool if kind == "bool" else int | float)) for each in value):
+                refuse("write a list of texts or numbers")
+            if kind == "str" and not all(isinstance(each, str) for each in value):
+                refuse("write a list of texts")
+        elif kind in ("int", "float"):
+            value = str(value)
+        elif isinstance(value, dict | list):
+            if type(value).__name__ not in declared.lower():
+                refuse(f"write one {'text' if kind == 'str' else kind}")
+        elif kind == "bool":
+            if not isinstance(value, bool | str):
+                refuse("write true or false")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        elif not isinstance(value, str):
+            refuse("write it in quotes if it is a text")
+        if action.choices is not None and isinstance(value, str) and value not in action.choices:
+            refuse(f"choose from {', '.join(map(str, action.choices))}")
+        return value
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -333,7 +365,9 @@ def check_range(args: Any, names: Iterable[str], lowest: float, highest: float =
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line; of an error of the system, the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the space left"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -46,7 +46,8 @@ COMMANDS = {
     "report": Command("ReportArguments", "report", "run"),
     "env": Command("EnvironmentArguments", "print_environment"),
 }
-USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--help] …"
+USAGE = f"usage: trl-dro {{{','.join(COMMANDS)}}} [--config FILE.yaml] [--debug] [--help] …"
+UNFORESEEN = "ended by an error that is not foreseen,"
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
 
     Args:
         arguments (`list[str]`):
-            Command and its flags.
+            Command and its flags; with `--debug` among them an error shows its traceback.
         may_launch (`bool`, *optional*, defaults to `False`):
             Whether this process may start others, and is not one that was started so.
 
@@ -83,15 +84,26 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    debug = "--debug" in arguments
+    arguments = [each for each in arguments if each != "--debug"]
     check_usage(name, arguments)
     try:
-        parsed = make_parser(name, vars(command_module(name))).parse_args_and_config(arguments)
+        parsed = make_parser(name).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
-            launch(parsed[0], [name, *arguments])
+            launch(parsed[0], [name, *arguments, *(["--debug"] if debug else [])])
         else:
             getattr(command_module(name), COMMANDS[name].function)(*parsed)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
+        if debug:
+            raise
         sys.exit(f"trl-dro {name}: {one_line(error)}")
+    except Exception as error:  # what no check foresaw
+        if debug:
+            raise
+        sys.exit(
+            f"trl-dro {name}: {UNFORESEEN} {type(error).__name__}: {one_line(error)}; --debug shows where, "
+            "please report it with that"
+        )
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
 
@@ -117,9 +129,9 @@ def check_usage(name: str, arguments: list[str]) -> None:
         make_parser(name, read(f"trl_dro.commands.{name}")).parse_args_and_config(arguments)
 
 
-def make_parser(name: str, names: Mapping[str, Any]) -> Parser:
-    """The parser of a command, by the names of its module."""
-    command = COMMANDS[name]
+def make_parser(name: str, names: Mapping[str, Any] | None = None) -> Parser:
+    """The parser of a command, by the names of its module, which is imported if they are not given."""
+    command, names = COMMANDS[name], names or vars(command_module(name))
     types = [names[each] for each in command.arguments.split()]
     description = (inspect.getdoc(names[command.function]) or "").partition("\n\n")[0]
     return Parser(types, command.first, prog=f"trl-dro {name}", description=description)

@@ -62,8 +62,8 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict]`: for each question its `row`, `id`, `question`, `answer`, and of the selected documents, best
-        first, `selected` (places among the candidates, from 1), `selected_ids` and `probabilities`, each that of the
-        document being chosen next.
+        first, `selected` (places among the candidates, from 1), `selected_ids`, `selected_titles`, `selected_texts`
+        and `probabilities`, each that of the document being chosen next.
 
     Raises:
         `DatasetError`: a question is malformed, or has no documents.
@@ -121,5 +121,7 @@ def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:
         "answer": output.answer,
         "selected": [document.position for document in output.documents],
         "selected_ids": [document.id for document in output.documents],
+        "selected_titles": [document.title for document in output.documents],
+        "selected_texts": [document.text for document in output.documents],
         "probabilities": [document.probability for document in output.documents],
     }

@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """`trl-dro train`: a whole run, from data to the trained system compared with what it was before."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -10,16 +12,19 @@ from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import load_records, read_corpus, read_questions, validate_dataset
+from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
+from ..model.loading import refuse_file
 from ..model.roles import load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
-from ..trainer.checkpoint import find_checkpoints
+from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
 from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
+from ..trainer.run import checkpoints_of_run
 from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
 
 
@@ -114,7 +119,7 @@ def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Datas
 def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
     """`--resume_from_checkpoint true` continues if there is a checkpoint, so that one command starts and restarts."""
     if args.resume_from_checkpoint and args.resume_from_checkpoint.lower() == "true":
-        return bool(find_checkpoints(str(args.output_dir)))
+        return bool(checkpoints_of_run(str(args.output_dir)))
     return args.resume_from_checkpoint
 
 
@@ -135,6 +140,8 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
         `ValueError`: settings cannot work together.
     """
     set_seed(training_args.seed)
+    for name in (model_args.model_name_or_path, args.selector_model_name_or_path):
+        refuse_file(name)
     model = model_args.model_name_or_path or tiny_model_for(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -144,10 +151,17 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
     if args.dry_run:
         dry_run(model, args, training_args, model_args)
         return
+    # From here on, as the first evaluation can take long; the first process holds it for all of a launch.
+    with alone_in(str(training_args.output_dir)) if training_args.should_save else nullcontext():
+        _train(model, args, training_args, model_args)
+
+
+def _train(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
     peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     starting_from: str | PeftModel = model
     if args.selector_adapter and args.generator_adapter:
+        check_adapters(args.selector_adapter, args.generator_adapter, model, training_args, model_args)
         base = load_model(model, training_args, quantization_config, model_args.model_revision)
         starting_from = load_role_adapters(base, args.selector_adapter, args.generator_adapter)
         peft_config = quantization_config = None
@@ -169,6 +183,19 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
     if eval_dataset is not None and trainer.is_world_process_zero():
         print_comparison(before, after)
         print(f"Both roles are in {training_args.output_dir}/selector and {training_args.output_dir}/generator.")
+
+
+def check_adapters(
+    selector: str, generator: str, model: str, training_args: DROConfig, model_args: ModelConfig
+) -> None:
+    """Checks adapters in folders against the base, before it is loaded; those of the Hub are checked by PEFT alone."""
+    folders = [path for path in (selector, generator) if Path(path).is_dir() and (Path(path) / ADAPTER_FILE).is_file()]
+    bases = {path: read_adapter_config(path).get("base_model_name_or_path") for path in folders}
+    if len(set(bases.values())) > 1:
+        told = " and ".join(f"{path} on {base}" for path, base in bases.items())
+        raise ValueError(f"the adapters to start from were trained on different models ({told}): train both on one")
+    for path in folders:
+        check_adapter(path, model, model_args.model_revision, training_args.trust_remote_code)
 
 
 def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:

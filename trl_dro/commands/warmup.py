@@ -1,25 +1,49 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """`trl-dro warmup`: TRL's `SFTTrainer` warms up the two roles before DRO, in the very tokens that DRO uses."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..data.files import load_records
 from ..data.schema import validate_dataset
+from ..data.storage import alone_in, different
 from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
-from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder
+from ..model.loading import load_tokenizer, refuse_file
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
 from ..model.roles import ROLES
+from ..system.rag_config import RAGConfig
+from ..system.run_folder import files_key
+from ..system.upload import upload_system
 from ..trainer.ranges import check_numbers
-from ..trainer.warmup import generator_examples, read_listwise_rankings, relevant_first, selector_examples
+from ..trainer.run import Identity, RunTrainer, checkpoints_of_run, read_run
+from ..trainer.warmup import (
+    examples_key,
+    generator_examples,
+    read_listwise_rankings,
+    relevant_first,
+    selector_examples,
+)
 from .arguments import DATASET_HELP, LaunchArguments, check_range
+
+
+# What a warm-up is known by, beside its examples and its base.
+_IDENTIFYING_SETTINGS = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("weight_decay", "max_grad_norm", "optim", "lr_scheduler_type", "warmup_steps", "seed", "data_seed"),
+)
 
 
 @dataclass(kw_only=True)
@@ -43,6 +67,8 @@ class WarmUpArguments(LaunchArguments):
             Candidates shown to the selector, n.
         max_document_length (`int`, *optional*):
             Longest document in tokens.
+        max_answer_length (`int`, *optional*):
+            Longest answer in tokens: a longer one is refused, as DRO will refuse it.
         selector_template (`str`):
             Selector prompt, as in [`~dro_config.DROConfig`].
         generator_template (`str`):
@@ -60,6 +86,9 @@ class WarmUpArguments(LaunchArguments):
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     max_document_length: int | None = field(default=None, metadata={"help": "Longest document in tokens."})
+    max_answer_length: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens: a longer one is refused, as DRO will refuse it."}
+    )
     selector_template: str = field(default=SELECTOR_TEMPLATE, metadata={"help": "Selector prompt, as in DROConfig."})
     generator_template: str = field(default=GENERATOR_TEMPLATE, metadata={"help": "Generator prompt."})
     dry_run: bool = field(
@@ -69,7 +98,7 @@ class WarmUpArguments(LaunchArguments):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)
-        check_range(self, ["num_selected", "max_document_length"], 1)
+        check_range(self, ["num_selected", "max_document_length", "max_answer_length"], 1)
         check_range(self, ["max_candidates"], self.num_selected)
 
 
@@ -90,9 +119,15 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         `DatasetError`: the data or the teacher's rankings cannot be used.
     """
     check_numbers(sft_args)
+    if sft_args.max_length not in (None, SFTConfig.max_length):
+        raise ValueError(
+            f"--max_length {sft_args.max_length} would cut examples at their end, where the answer is: set "
+            "--max_document_length, which cuts documents"
+        )
     model_args.use_peft = True
+    refuse_file(model_args.model_name_or_path)
     model = model_args.model_name_or_path or tiny_model_for(args)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model, model_args.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = make_examples(args, tokenizer, sft_args.seed)
@@ -108,19 +143,36 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
     }
-    for role in ROLES:
-        sft_args.output_dir = str(folder / role)
-        trainer = SFTTrainer(
-            model,
-            sft_args,
-            train_dataset=examples[role],
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-        )
-        trainer.train()
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"Adapters to start DRO from are in {folder}/selector and {folder}/generator.")
+    peft_config = get_peft_config(model_args)
+    # The token is kept from the trainers, which would write it into training_args.bin.
+    pushes, token, sft_args.push_to_hub, sft_args.hub_token = sft_args.push_to_hub, sft_args.hub_token, False, None
+    with alone_in(folder) if sft_args.should_save else nullcontext():
+        for role in ROLES:
+            sft_args.output_dir = str(folder / role)
+            known_by = {
+                "base": files_key([model]) or f"{model} {model_args.model_revision}",
+                "adapter": peft_config.to_dict() if peft_config is not None else None,
+                "examples": examples_key(examples[role]),
+            }
+            make = partial(
+                WarmUpTrainer,
+                known_by,
+                model=model,
+                args=sft_args,
+                train_dataset=examples[role],
+                processing_class=tokenizer,
+                peft_config=get_peft_config(model_args),
+            )
+            warm_up_role(sft_args, known_by, make)
+        if sft_args.should_save:
+            names = {each.name for each in fields(RAGConfig)}
+            set_here = {name: value for name, value in vars(args).items() if name in names and value is not None}
+            RAGConfig(**set_here).save(folder)
+            if pushes:
+                name = sft_args.hub_model_id or folder.resolve().name
+                repo = HfApi().create_repo(name, token=token, private=sft_args.hub_private_repo, exist_ok=True)
+                upload_system(folder, repo.repo_id, "Warm-up of both roles", token, sft_args.hub_revision)
+            print(f"Adapters to start DRO from are in {folder}/selector and {folder}/generator.")
 
 
 def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Dataset]:
@@ -137,6 +189,8 @@ def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, see
     }
     dataset = load_records(args.dataset_name, args.dataset_train_split)
     validate_dataset(dataset, args.num_selected, args.dataset_name)
+    if args.max_answer_length is not None:
+        check_lengths(dataset, args.dataset_name, [], tokenizer, args.max_answer_length, all_answers=False)
     records: list[Any] = [
         {**record, "documents": record["documents"][: args.max_candidates]} for record in dataset.to_list()
     ]
@@ -161,3 +215,67 @@ def print_examples(examples: dict[str, Dataset]) -> None:
         learned = sum(sum(mask) for mask in dataset["completion_mask"])
         table.add_row(role, *(f"{number:,}" for number in (len(lengths), sum(lengths), max(lengths), learned)))
     Console().print(table)
+
+
+class WarmUpTrainer(RunTrainer, SFTTrainer):
+    """
+    `SFTTrainer` of one role, which stops, resumes and is known as a run of DRO is.
+
+    Args:
+        known_by (`dict`):
+            Beside the training arguments, what tells this warm-up from others.
+        kwargs:
+            Passed to [`~trl.SFTTrainer`].
+    """
+
+    weights_in = (".",)
+    how_to_resume = "the same command goes on from there"
+
+    def __init__(self, known_by: Identity, **kwargs: Any):
+        self.known_by = known_by
+        super().__init__(**kwargs)
+
+    def identity(self) -> Identity:
+        return warm_up_identity(self.args, self.known_by)
+
+
+def warm_up_identity(args: TrainingArguments, known_by: Identity) -> Identity:
+    """What a role's warm-up is known by, in its `run.json`."""
+    settings = {name: getattr(args, name) for name in _IDENTIFYING_SETTINGS}
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    identity: Identity = json.loads(json.dumps({**settings, **known_by}, default=plain))
+    return identity
+
+
+def warm_up_role(args: SFTConfig, known_by: Identity, make: Callable[[], WarmUpTrainer]) -> None:
+    """
+    Trains a role into `args.output_dir`, unless that is done, and from where it was stopped if it was.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Training.
+        known_by (`dict`):
+            See [`WarmUpTrainer`].
+        make (`Callable`):
+            Makes the trainer, which loads the model.
+
+    Raises:
+        `ValueError`: the folder holds another warm-up.
+    """
+    folder = Path(str(args.output_dir))
+    before = read_run(folder)
+    begun = bool(before.get("finished") or checkpoints_of_run(folder))
+    identity = warm_up_identity(args, known_by)
+    if begun and (difference := different({name: before.get(name) for name in identity}, identity)):
+        raise ValueError(f"{folder} holds a warm-up with {difference}: name another output_dir, or delete that folder")
+    if before.get("finished"):
+        if args.should_save:
+            print(f"{folder} is warmed up already.")
+        return
+    trainer = make()
+    trainer.train(resume_from_checkpoint=begun or None)
+    trainer.save_model()
+    trainer.finish()

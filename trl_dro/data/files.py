@@ -104,6 +104,10 @@ def load_records(path_or_id: str | os.PathLike, split: str | None = None) -> Dat
                 f"folder {path} was not written by Dataset.save_to_disk; pass one that was, or a .jsonl or .parquet "
                 "file"
             ) from None
+        except Exception as error:  # whatever a damaged file raises in datasets or Arrow
+            raise DatasetError(
+                f"folder {path} cannot be read as a dataset ({first_line(error)}); write or copy it again"
+            ) from error
     elif path.suffix in (".jsonl", ".json"):
         return build_dataset(_checked_records(path))
     elif path.suffix == ".parquet":

@@ -83,17 +83,61 @@ def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator
         is_empty = False
         where = f"{os.fspath(path)}, line {number}"
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
+            row = parse_json(text)
+        except ValueError as error:
             raise DatasetError(
-                f"{where}: is not valid JSON ({error.msg} at character {error.pos}); write one object per line, "
-                "and if this is the last line, the file was cut short: copy it again"
+                f"{where}: is not valid JSON ({error}); write one object per line, and if this is the last line, the "
+                "file was cut short: copy it again"
             ) from None
         if not isinstance(row, dict):
             raise DatasetError(f"{where}: is a {type(row).__name__}, not an object; write one object per line")
         yield where, row
     if is_empty:
         raise DatasetError(f"{os.fspath(path)}: is empty; write one JSON object per line")
+
+
+def parse_json(text: str) -> Any:
+    """
+    The value that a JSON text writes.
+
+    Raises:
+        `ValueError`: it is none, or is nested too deeply, or has numbers too long or texts that no file can hold.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno}, character {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply to be read") from None
+    except ValueError:
+        raise ValueError("it has a number of thousands of digits") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+            raise ValueError(f"{half} is half of a character, which no text can hold: leave it out") from None
+    return value
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Reads a JSON file that holds an object.
+
+    Raises:
+        `DatasetError`: it cannot be read, is no JSON, or holds something else; the message names the file.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = parse_json(file.read())
+    except OSError as error:
+        raise DatasetError(f"{name}: cannot be read ({error.strerror or error}); check the file") from None
+    except ValueError as error:
+        raise DatasetError(f"{name}: is damaged, no valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise DatasetError(f"{name}: is damaged, holds a {type(value).__name__}, not an object; copy it again")
+    return value
 
 
 def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .storage import alone_in, different, write_whole
+from .lines import parse_json, read_json_object
+from .storage import alone_in, content_key, different, write_whole
 
 
 SETTINGS_FILE = "settings.json"
@@ -99,6 +100,16 @@ def fingerprint(dataset: Dataset, columns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def questions_key(dataset: Dataset) -> str:
+    """
+    Key of questions for training: of every question and its answers, and of the candidates of some 250 of them, as
+    reading all takes minutes where there are many.
+    """
+    asked = fingerprint(dataset, ("question", "answers"))
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset) // 250)))
+    return content_key(len(dataset), asked, fingerprint(some, ("documents",)))
+
+
 def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> bool:
     """Whether the folder has results of these settings already. Raises if it has others."""
     if not results:
@@ -106,7 +117,7 @@ def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> boo
     claimed = folder / SETTINGS_FILE
     if not claimed.is_file():
         raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
-    before = json.loads(claimed.read_text(encoding="utf-8"))
+    before = read_json_object(claimed)
     if difference := different(before, settings):
         raise ValueError(f"{folder} holds results with {difference}: name another output_dir, or delete that folder")
     return True
@@ -122,4 +133,15 @@ def _whole_lines(path: Path) -> list[Row]:
         with open(path, "rb+") as file:
             file.truncate(len(whole))
     # str.splitlines would also split at U+2028 and U+0085, which may stand in a question.
-    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            row = parse_json(line.decode())
+            if not isinstance(row, dict) or not isinstance(row.get("row"), int):
+                raise ValueError("it is no object with a row")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: is damaged ({error}); delete that folder, or name another output_dir"
+            ) from None
+        rows.append(row)
+    return rows

@@ -82,6 +82,11 @@ def validate_dataset(dataset: Dataset, num_selected: int, name: str = "train_dat
             f"{name} must be a datasets.Dataset, not {type(dataset).__name__}; "
             "build one with Dataset.from_list(list_of_records)"
         )
+    if dataset.format["type"] in ("pandas", "arrow", "polars"):
+        raise DatasetError(
+            f"{name} has the format {dataset.format['type']!r}, in which a row is no dict; pass "
+            "dataset.with_format(None)"
+        )
     if len(dataset) == 0:
         raise DatasetError(f"{name} has no rows; check the file, split or filter it came from")
     require_columns(dataset, REQUIRED_COLUMNS, name)
@@ -234,6 +239,17 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
     chunk = list(islice(records, 1000))
     if not chunk:
         raise DatasetError("there are no records to build a dataset from; check the file or filter they come from")
+    for row, record in enumerate(chunk):
+        if not isinstance(record, Mapping) or "question" not in record:
+            raise DatasetError(
+                f"row {row}: must be a dict with a question, not {_show(record)}; write one for each row"
+            )
+        for position, candidate in enumerate(record.get("documents") or []):
+            if not isinstance(candidate, Mapping):
+                raise DatasetError(
+                    f"row {row}, column documents[{position}]: must be a dict with id, title and text, not "
+                    f"{_show(candidate)}; e.g. {{'id': 'a', 'title': None, 'text': …}}"
+                )
     is_chat = isinstance(chunk[0]["question"], list)
     document = {"id": Value("string"), "title": Value("string"), "text": Value("string")}
     if any("rank" in candidate for record in chunk for candidate in record.get("documents") or []):

@@ -108,7 +108,8 @@ def _score_batch(
         without = rag.answer_logps(records, targets, none)[:, 0].tolist()
         logps = list(zip(with_documents, without, strict=True))
     rows = []
-    for i, (record, permutation, answer) in enumerate(zip(records, permutations.tolist(), answers, strict=True)):
+    selected = [[place for place in row if place] for row in permutations.tolist()]
+    for i, (record, permutation, answer) in enumerate(zip(records, selected, answers, strict=True)):
         row: Scored = {
             "id": record.get("id"),
             "question": question_text(record["question"]),
@@ -117,8 +118,10 @@ def _score_batch(
             "selected": permutation,
             "selected_ids": [record["documents"][place - 1].get("id") for place in permutation],
             "positive_ids": record.get("positive_ids"),
-            **score_question(record, permutation, answer),
+            **score_question(record, permutation, answer, permutations.shape[1]),
         }
+        if rag.codec.may_end:
+            row["documents"] = len(permutation)
         if context_reliance:
             row["answer_logp"], row["answer_logp_without_documents"] = logps[i]
             row["context_gain"] = logps[i][0] - logps[i][1]

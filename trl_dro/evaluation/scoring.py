@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
-from ..model.importance import elbo, iwae_bound
+from ..model.importance import Sampling, elbo, iwae_bound
 from ..model.rag_model import RAGModel
 
 
@@ -30,20 +30,24 @@ def answer_and_score(
             Tokens to generate at most.
 
     Returns:
-        `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`.
+        `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`;
+        and `documents`, the number of those selected, where the selector may end early.
     """
     selected = select(rag, questions)  # [B, K]
     answers = rag.answer(questions, selected, max_answer_length)
     scores = []
+    codec = rag.codec
     for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True):
         documents = question["documents"]
-        scores.append(
-            score_prediction(answer, [documents[i - 1] for i in permutation], documents, question["answers"])
-        )
+        shown = [documents[i - 1] for i in permutation if i]
+        row = score_prediction(answer, shown, documents, question["answers"], codec.num_selected)
+        scores.append(row | ({"documents": float(len(shown))} if codec.may_end else {}))
     return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
 
 
-def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str, Tensor]:
+def score_bounds(
+    answer_logps: Tensor, proposal_correction: Tensor, sampling: Sampling = "independent"
+) -> dict[str, Tensor]:
     """
     Bounds on the log-likelihood of answers, by sampled permutations.
 
@@ -52,16 +56,19 @@ def score_bounds(answer_logps: Tensor, proposal_correction: Tensor) -> dict[str,
             Log-likelihood of each question's answer under each permutation, in nats.
         proposal_correction (`Tensor` of shape `(B, m)`):
             See [`~importance.iwae_bound`].
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How the permutations were drawn.
 
     Returns:
         `dict[str, Tensor]`: `elbo`, `iwae_bound` and `loss`, which is minus the latter, each of shape `(B,)` in nats;
         NaN for a question with a likelihood that is not finite.
     """
-    usable = (answer_logps + proposal_correction).isfinite().all(dim=-1)
-    scores = {}
-    for name, bound in (("elbo", elbo), ("iwae_bound", iwae_bound)):
-        scores[name] = torch.full_like(answer_logps[:, 0], float("nan"))
-        scores[name][usable] = bound(answer_logps[usable], proposal_correction[usable])
+    # Of distinct permutations there can be fewer than samples.
+    missing = proposal_correction.isneginf() & (sampling == "distinct")
+    usable = ((answer_logps + proposal_correction).isfinite() | missing).all(dim=-1)
+    scores = {name: torch.full_like(answer_logps[:, 0], float("nan")) for name in ("elbo", "iwae_bound")}
+    scores["elbo"][usable] = elbo(answer_logps[usable], proposal_correction[usable], sampling)
+    scores["iwae_bound"][usable] = iwae_bound(answer_logps[usable], proposal_correction[usable])
     return {**scores, "loss": -scores["iwae_bound"]}
 
 
@@ -74,7 +81,11 @@ def recall_cutoffs(num_selected: int) -> list[int]:
 
 
 def score_prediction(
-    prediction: str, selected: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]], answers: Sequence[str]
+    prediction: str,
+    selected: Sequence[dict[str, Any]],
+    candidates: Sequence[dict[str, Any]],
+    answers: Sequence[str],
+    num_selected: int | None = None,
 ) -> dict[str, float]:
     """
     Scores of one answered question.
@@ -88,12 +99,14 @@ def score_prediction(
             Documents in retrieval order.
         answers (`list[str]`):
             Gold answers.
+        num_selected (`int`, *optional*):
+            Number of documents that could be chosen, to which Recall@k goes; as many as there are by default.
 
     Returns:
         `dict[str, float]`: `em`, `f1`, `recall@k` of the selector and `retriever_recall@k`, each from 0 to 1.
     """
     scores = {"em": exact_match(prediction, answers), "f1": f1(prediction, answers)}
-    for k in recall_cutoffs(len(selected)):
+    for k in recall_cutoffs(num_selected or len(selected)):
         scores[f"recall@{k}"] = recall_at_k([document["text"] for document in selected], answers, k)
         scores[f"retriever_recall@{k}"] = recall_at_k([document["text"] for document in candidates], answers, k)
     return scores
@@ -132,7 +145,9 @@ def is_relevant(document: Mapping[str, Any], question: Mapping[str, Any]) -> boo
     return has_answer(document["text"], question["answers"])
 
 
-def score_question(question: dict[str, Any], permutation: Sequence[int], prediction: str) -> dict[str, Any]:
+def score_question(
+    question: dict[str, Any], permutation: Sequence[int], prediction: str, num_selected: int | None = None
+) -> dict[str, Any]:
     """
     All that text alone tells about one answered question.
 
@@ -143,6 +158,8 @@ def score_question(question: dict[str, Any], permutation: Sequence[int], predict
             Selected places in `documents`, from 1.
         prediction (`str`):
             Generated answer.
+        num_selected (`int`, *optional*):
+            See [`score_prediction`].
 
     Returns:
         `dict[str, Any]`: the scores of [`score_prediction`]; `support_recall@k` where the record has `positive_ids`;
@@ -152,9 +169,9 @@ def score_question(question: dict[str, Any], permutation: Sequence[int], predict
     """
     candidates = question["documents"]
     selected = [candidates[i - 1] for i in permutation]
-    scores: dict[str, Any] = score_prediction(prediction, selected, candidates, question["answers"])
+    scores: dict[str, Any] = score_prediction(prediction, selected, candidates, question["answers"], num_selected)
     if question.get("positive_ids"):
-        for k in recall_cutoffs(len(selected)):
+        for k in recall_cutoffs(num_selected or len(selected)):
             ids = [str(document.get("id")) for document in selected]
             scores[f"support_recall@{k}"] = recall_of_ids_at_k(ids, question["positive_ids"], k)
     scores["answer_in_documents"] = float(any(has_answer(document["text"], [prediction]) for document in selected))

@@ -106,7 +106,8 @@ class AnswerLikelihoodReward:
                 targets = [list(answers[i])[:1] for i in batch]
                 logps = self.rag.answer_logps(questions, targets, permutations, self.mean)[:, 0].tolist()
                 for i, logp in zip(batch, logps, strict=True):
-                    faults = num_selected - len(parsed[i].permutation) + parsed[i].num_dropped
+                    missing = max(0, self.rag.codec.min_selected - len(parsed[i].permutation))
+                    faults = missing + parsed[i].num_dropped
                     rewards[i] = logp - self.format_penalty * faults
         return rewards
 

@@ -8,8 +8,12 @@ the token is forced and costs nothing; where several are left there is a *branch
 Documents can have a prior, a logit for each that is added to the model's own at every choice. An id of several tokens
 has several branches, so the prior is carried down them: a token's is the log of the mean of the exponentials over the
 ids that it can still become. The mean, and not the sum, because a prior of zero must change nothing.
+
+A permutation may be allowed to end early, with as many ids as it has: then the end is one more continuation before
+each further id. The prior says which document and not how many, so that it is silent there.
 """
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -53,20 +57,31 @@ class PermutationCodec:
         max_documents (`int`):
             Highest id that can be written, from 1.
         num_selected (`int`):
-            Number of documents in a permutation, K.
+            Number of documents in a permutation, K: the most, if it may end early.
+        min_selected (`int`, *optional*, defaults to `num_selected`):
+            Number of documents from which it may end.
 
     Raises:
         `ValueError`: the tokenizer writes two ids alike, or has no token to end with, or K exceeds
             `max_documents`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_documents: int, num_selected: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_documents: int,
+        num_selected: int,
+        min_selected: int | None = None,
+    ):
         if not 1 <= num_selected <= max_documents:
             raise ValueError(
                 f"num_selected={num_selected} must lie between 1 and the number of documents, {max_documents}"
             )
         self.max_documents = max_documents
         self.num_selected = num_selected
+        self.min_selected = num_selected if min_selected is None else min_selected
+        if not 0 <= self.min_selected <= num_selected:
+            raise ValueError(f"min_selected={min_selected} must lie between 0 and num_selected, {num_selected}")
 
         def encode(segment: str) -> tuple[int, ...]:
             return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
@@ -91,6 +106,11 @@ class PermutationCodec:
             self.id_of_tokens[tokens] = i
 
     @property
+    def may_end(self) -> bool:
+        """Whether a permutation may have fewer than K documents."""
+        return self.min_selected < self.num_selected
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest written permutation, the end included."""
         longest_id = max(len(tokens) for tokens in self.id_tokens.values())
@@ -107,7 +127,7 @@ class PermutationCodec:
 
         Args:
             permutation (`list[int]`):
-                K distinct ids from 1 to `num_documents`.
+                `min_selected` to K distinct ids from 1 to `num_documents`.
             num_documents (`int`, *optional*, defaults to `max_documents`):
                 Number of candidates of this question.
             document_logits (`list[float]` of length `num_documents`, *optional*):
@@ -121,15 +141,16 @@ class PermutationCodec:
         """
         num_documents = num_documents or self.max_documents
         permutation = list(permutation)
-        if len(permutation) != self.num_selected or len(set(permutation)) != len(permutation):
-            raise ValueError(f"permutation {permutation} is not {self.num_selected} distinct ids")
+        sizes = range(self.min_selected, self.num_selected + 1)
+        if len(permutation) not in sizes or len(set(permutation)) != len(permutation):
+            size = f"{self.min_selected} to " * (len(sizes) > 1) + f"{self.num_selected}"
+            raise ValueError(f"permutation {permutation} is not {size} distinct ids")
         if not set(permutation) <= set(range(1, num_documents + 1)):
             raise ValueError(f"permutation {permutation} has ids outside 1..{num_documents}")
         writer = Writer(self, num_documents, document_logits)
         branches = []
         while allowed := writer.allowed():
-            target = permutation[len(writer.permutation)]
-            chosen = allowed.index(self.continuations[writer.prefix][target])
+            chosen = allowed.index(writer.next_of(permutation))
             branches.append(Branch(len(writer.tokens), allowed, writer.prior(), chosen))
             writer.write(allowed[chosen])
         return writer.tokens, branches
@@ -143,7 +164,7 @@ class PermutationCodec:
         """
         writer = Writer(self, self.max_documents)
         while allowed := writer.allowed():
-            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else None
+            token = tokens[len(writer.tokens)] if len(writer.tokens) < len(tokens) else self.end[0]
             if token not in allowed:
                 break
             writer.write(token)
@@ -155,10 +176,18 @@ class PermutationCodec:
         """Tokens with which every permutation of `num_documents` documents begins: those before the first branch."""
         return Writer(self, num_documents).tokens
 
+    def num_permutations(self, num_documents: int) -> int:
+        """How many permutations of `num_documents` documents can be written."""
+        return sum(math.perm(num_documents, size) for size in range(self.min_selected, self.num_selected + 1))
+
+    def padded(self, permutation: Sequence[int]) -> list[int]:
+        """The permutation with zeros up to K, as tensors hold it."""
+        return [*permutation, *[0] * (self.num_selected - len(permutation))]
+
     @staticmethod
     def text(permutation: Sequence[int]) -> str:
-        """Permutation as a reader sees it, `[3] > [1]`."""
-        return " > ".join(f"[{i}]" for i in permutation)
+        """Permutation as a reader sees it, `[3] > [1]`, without the padding of tensors."""
+        return " > ".join(f"[{i}]" for i in permutation if i)
 
 
 class Writer:
@@ -179,6 +208,8 @@ class Writer:
             Ids written to their ends.
         tokens (`list[int]`):
             All tokens written.
+        separator (`tuple[int, ...]`):
+            Tokens to be written before the next id begins.
         prefix (`tuple[int, ...]`):
             Tokens of the id that is being written.
         num_read (`int`):
@@ -191,21 +222,41 @@ class Writer:
         self.remaining = set(range(1, num_documents + 1))
         self.permutation: list[int] = []
         self.tokens: list[int] = []
+        self.separator: tuple[int, ...] = ()
         self.prefix: tuple[int, ...] = ()
+        self.complete = False
         self._write_forced()
         self.num_read = len(self.tokens)
 
     def allowed(self) -> list[int]:
         """Tokens that may come next; none when the permutation is complete."""
-        return sorted(self._ids_by_token())
+        return sorted([*self._ids_by_token(), *self._end()])
 
     def prior(self) -> list[float]:
         """What is added to the logit of each allowed token."""
         ids_by_token = self._ids_by_token()
         if self.document_logits is None:
-            return [0.0] * len(ids_by_token)
-        logits = [[self.document_logits[i - 1] for i in ids] for _, ids in sorted(ids_by_token.items())]
-        return [_log_mean_exp(each) for each in logits]
+            return [0.0] * (len(ids_by_token) + len(self._end()))
+        logits = self.document_logits
+        prior = {token: _log_mean_exp([logits[i - 1] for i in ids]) for token, ids in ids_by_token.items()}
+        if end := self._end():
+            mean = _log_mean_exp([logits[i - 1] for i in self.remaining])
+            prior = {token: value - mean for token, value in prior.items()} | {end[0]: 0.0}
+        return [value for _, value in sorted(prior.items())]
+
+    def next_of(self, permutation: Sequence[int]) -> int:
+        """The token with which a permutation that begins as this one goes on."""
+        if len(self.permutation) == len(permutation):
+            return self.codec.end[0]
+        if self.separator:
+            return self.separator[0]
+        return self.codec.continuations[self.prefix][permutation[len(self.permutation)]]
+
+    def copy(self) -> "Writer":
+        """The same beginning, to be written on in another way."""
+        other = copy.copy(self)
+        other.remaining, other.permutation, other.tokens = {*self.remaining}, [*self.permutation], [*self.tokens]
+        return other
 
     def write(self, token: int) -> None:
         """Writes a chosen token and all that it forces."""
@@ -217,29 +268,41 @@ class Writer:
         return self.tokens[self.num_read :] if self.allowed() else []
 
     def _ids_by_token(self) -> dict[int, list[int]]:
-        """Tokens that may come next, and the ids that each can still become."""
+        """Tokens that may come next, but for the end, and the ids that each can still become."""
+        if self.complete or len(self.permutation) == self.codec.num_selected:
+            return {}
+        if self.separator:
+            return {self.separator[0]: sorted(self.remaining)}
         ids_by_token: dict[int, list[int]] = {}
-        if len(self.permutation) < self.codec.num_selected:
-            for i, token in self.codec.continuations[self.prefix].items():
-                if i in self.remaining:
-                    ids_by_token.setdefault(token, []).append(i)
+        for i, token in self.codec.continuations[self.prefix].items():
+            if i in self.remaining:
+                ids_by_token.setdefault(token, []).append(i)
         return ids_by_token
+
+    def _end(self) -> tuple[int, ...]:
+        """The end, if it may come next."""
+        between = not self.prefix and self.separator == (self.codec.separator if self.permutation else ())
+        enough = len(self.permutation) >= self.codec.min_selected
+        return self.codec.end if between and enough and not self.complete else ()
 
     def _write_forced(self) -> None:
         while len(allowed := self.allowed()) == 1:
             self._append(allowed[0])
 
     def _append(self, token: int) -> None:
+        ends = (token,) == self._end()
         self.tokens.append(token)
-        self.prefix = (*self.prefix, token)
-        if self.prefix in self.codec.continuations:
-            return
-        chosen = self.codec.id_of_tokens[self.prefix]
-        self.remaining.remove(chosen)
-        self.permutation.append(chosen)
-        self.prefix = ()
-        complete = len(self.permutation) == self.codec.num_selected
-        self.tokens.extend(self.codec.end if complete else self.codec.separator)
+        if ends:
+            self.complete = True
+        elif self.separator:
+            self.separator = self.separator[1:]
+        elif (*self.prefix, token) in self.codec.continuations:
+            self.prefix = (*self.prefix, token)
+        else:
+            chosen = self.codec.id_of_tokens[*self.prefix, token]
+            self.remaining.remove(chosen)
+            self.permutation.append(chosen)
+            self.prefix, self.separator = (), self.codec.separator
 
 
 def _log_mean_exp(logits: Sequence[float]) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 
 SelectorEstimator = Literal["rws", "rws_centered", "vimco"]
+Sampling = Literal["independent", "distinct"]
 
 
 def importance_weights(
@@ -86,16 +87,22 @@ def weight_entropy(weights: Tensor) -> Tensor:
     return -torch.xlogy(weights, weights).sum(dim=-1)
 
 
-def elbo(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Tensor:
+def elbo(
+    answer_logps: Tensor, proposal_correction: Tensor | None = None, sampling: Sampling = "independent"
+) -> Tensor:
     r"""Evidence lower bound on \\( \log p(y \mid x) \\), estimated from `m` permutations.
 
-    \\( \frac{1}{m} \sum_i \log p(y \mid x, d_{z_i}) + \log p(z_i) - \log q(z_i) \\)
+    \\( \frac{1}{m} \sum_i \log p(y \mid x, d_{z_i}) + \log p(z_i) - \log q(z_i) \\). Distinct permutations are not
+    drawn equally often: theirs is the p/q-weighted mean of \\( \log p(y \mid x, d_{z_i}) \\) plus the log of the mean
+    p/q, which tends to 0.
 
     Args:
         answer_logps (`Tensor` of shape `(B, m)`):
             \\( \log p(y \mid x, d_{z_i}) \\) in nats.
         proposal_correction (`Tensor` of shape `(B, m)`, *optional*):
             \\( \log p(z_i) - \log q(z_i) \\) in nats.
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How the permutations were drawn, `"independent"` or `"distinct"`.
 
     Returns:
         `Tensor` of shape `(B,)`: nats.
@@ -103,7 +110,13 @@ def elbo(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Ten
     Raises:
         `ValueError`: a row holds a NaN or `+inf`, or nothing but `-inf`.
     """
-    return _log_weights(answer_logps, proposal_correction).mean(dim=-1)
+    log_weights = _log_weights(answer_logps, proposal_correction)
+    if sampling == "independent":
+        return log_weights.mean(dim=-1)
+    prior = _log_prior(answer_logps, proposal_correction)
+    # Where there were fewer permutations than samples, those that are missing have a weight of 0.
+    expected = torch.where(prior.isinf(), 0.0, prior.softmax(dim=-1) * answer_logps.float()).sum(dim=-1)
+    return expected + prior.logsumexp(dim=-1) - math.log(prior.shape[-1])
 
 
 def iwae_bound(answer_logps: Tensor, proposal_correction: Tensor | None = None) -> Tensor:
@@ -125,6 +138,24 @@ def iwae_bound(answer_logps: Tensor, proposal_correction: Tensor | None = None) 
     """
     log_weights = _log_weights(answer_logps, proposal_correction)
     return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
+
+
+def expected_unique(logps: Tensor, proposal_correction: Tensor) -> Tensor:
+    r"""Distinct permutations that m independent draws from the selector would be expected to have, estimated from m
+    that were drawn otherwise: \\( \sum_z 1 - (1 - p(z))^m \\).
+
+    Args:
+        logps (`Tensor` of shape `(B, m)`):
+            \\( \log p(z_i) \\) in nats.
+        proposal_correction (`Tensor` of shape `(B, m)`):
+            \\( \log p(z_i) - \log q(z_i) \\) in nats.
+
+    Returns:
+        `Tensor` of shape `(B,)`: number of permutations.
+    """
+    num_permutations = logps.shape[-1]
+    drawn = -torch.expm1(num_permutations * torch.log1p(-logps.exp().clamp(max=1.0)))  # in m draws, at least once
+    return ((proposal_correction - logps).exp() * drawn).mean(dim=-1)
 
 
 def selector_coefficients(
@@ -179,8 +210,7 @@ def selector_coefficients(
     # Under a tempered or truncated proposal the mean of the score function is not the plain average over samples
     # but the p/q-weighted one, so that is what has to be subtracted for the centring to remove noise and not signal.
     prior = proposal_correction if present_correction is None else present_correction
-    prior = torch.zeros_like(weights) if prior is None else prior.float()
-    return weights - prior.softmax(dim=-1)
+    return weights - _log_prior(answer_logps, prior).softmax(dim=-1)
 
 
 def _vimco_coefficients(answer_logps: Tensor, proposal_correction: Tensor | None, temperature: float) -> Tensor:
@@ -200,6 +230,11 @@ def _vimco_coefficients(answer_logps: Tensor, proposal_correction: Tensor | None
     diagonal = torch.eye(num_permutations, dtype=torch.bool, device=log_weights.device)
     replaced = torch.where(diagonal, others_mean.unsqueeze(-1), log_weights.unsqueeze(-2))
     return log_weights.logsumexp(dim=-1, keepdim=True) - replaced.logsumexp(dim=-1)
+
+
+def _log_prior(answer_logps: Tensor, proposal_correction: Tensor | None) -> Tensor:
+    """Log of p/q, unnormalised, in float32."""
+    return torch.zeros_like(answer_logps.float()) if proposal_correction is None else proposal_correction.float()
 
 
 def _log_weights(answer_logps: Tensor, proposal_correction: Tensor | None) -> Tensor:

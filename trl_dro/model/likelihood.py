@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Log-probabilities of completions, and the plain forward that defines them: one padded row per completion."""
+"""Log-probabilities of completions, and the plain forward that defines them: one row per completion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,18 +41,18 @@ def completion_logits(
     device: torch.device,
 ) -> CompletionLogits:
     """
-    The definition: every completion in a row of its own behind its prompt, padded on the left. What
-    [`~shared_prefix.PackedModel`] computes must equal it.
+    The definition: every completion in a row of its own behind its prompt. What [`~shared_prefix.PackedModel`]
+    computes must equal it.
 
     Args:
         forward (`Callable`):
-            Takes `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep`; returns an object with `logits`.
+            Takes `input_ids`, `use_cache`, `logits_to_keep`; returns an object with `logits`.
         prompts (`list[list[int]]` of length `R`):
             Prompt token ids.
         completions (`list[list[int]]` of length `R`):
             Completion token ids, none empty.
         pad_token_id (`int`):
-            Any valid token id: padding is masked.
+            Any valid token id: nothing sees it.
         device (`torch.device`):
             Device of the model.
 
@@ -61,16 +61,72 @@ def completion_logits(
     """
     # The last token is predicted and predicts nothing.
     rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-    input_ids, mask = pad_rows(rows, pad_token_id, device, side="left")
-    longest = max(map(len, completions))
-    outputs = forward(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        position_ids=(mask.long().cumsum(dim=-1) - 1).clamp(min=0),
-        logits_to_keep=longest,
-    )
-    logits = [outputs.logits[row, longest - len(completion) :] for row, completion in enumerate(completions)]
-    return CompletionLogits(torch.cat(logits), flat_tokens(completions, device), [len(c) for c in completions])
+    lengths = [len(completion) for completion in completions]
+    logits = last_logits(forward, rows, lengths, pad_token_id, device)
+    return CompletionLogits(torch.cat(logits), flat_tokens(completions, device), lengths)
+
+
+def last_logits(
+    forward: Callable[..., Any],
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    pad_token_id: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """
+    Predictions after the last tokens of rows that are padded on the right: what is causal does not see the padding,
+    so that the model is told of neither masks nor positions and can get none wrong.
+
+    Args:
+        forward (`Callable`):
+            As in [`completion_logits`].
+        rows (`list[list[int]]` of length `R`):
+            Token ids.
+        lengths (`list[int]` of length `R`):
+            Number of tokens of each row, the last ones, after which the prediction is wanted.
+        pad_token_id (`int`):
+            Any valid token id.
+        device (`torch.device`):
+            Device of the model.
+
+    Returns:
+        `list[Tensor]` of length `R`: each `(length, V)`.
+    """
+    input_ids, _ = pad_rows(rows, pad_token_id, device, side="right")
+    spans = [range(len(row) - length, len(row)) for row, length in zip(rows, lengths, strict=True)]
+    kept = sorted({column for span in spans for column in span})
+    outputs = forward(input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=device))
+    logits = kept_logits(outputs.logits, kept, input_ids.shape[1])
+    place = {column: i for i, column in enumerate(kept)}
+    return [logits[row, [place[column] for column in span]] for row, span in enumerate(spans)]
+
+
+def kept_logits(logits: Tensor, kept: Sequence[int], width: int) -> Tensor:
+    """
+    Logits of the columns `kept`, which were asked for by `logits_to_keep`: a model may have swallowed that.
+
+    Args:
+        logits (`Tensor` of shape `(B, len(kept), V)` or `(B, width, V)`):
+            What the model gave.
+        kept (`list[int]`):
+            Columns whose logits were asked for.
+        width (`int`):
+            Columns of the forward.
+
+    Returns:
+        `Tensor` of shape `(B, len(kept), V)`
+
+    Raises:
+        `ValueError`: the model gave logits of other columns.
+    """
+    if logits.shape[1] == len(kept):
+        return logits
+    if logits.shape[1] != width:
+        raise ValueError(
+            f"the model gave logits of {logits.shape[1]} columns where {len(kept)} of {width} were asked for by "
+            "logits_to_keep: it cannot be used"
+        )
+    return logits[:, list(kept)]
 
 
 def completion_logps(completion: CompletionLogits, mean: bool = False) -> Tensor:

@@ -1,14 +1,21 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """What a model can read and what it is asked, known before its weights are loaded."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .codec import PermutationCodec
 from .prompts import PromptBuilder, Template
 from .roles import ROLES, Role
-from .shared_prefix import check_layers
+
+
+def refuse_file(name: str | Path | None) -> None:
+    """Raises `ValueError` if a model is named by a file: models are folders and repos, GGUF files not among them."""
+    if name is not None and Path(name).is_file():
+        what = "a GGUF file, for llama.cpp" if str(name).endswith(".gguf") else "a file"
+        raise ValueError(f"{name} is {what}: name the model it was made from, a folder with config.json or a Hub id")
 
 
 def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -28,6 +35,33 @@ def prepare_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_tokenizer(model: str, revision: str | None = None, **kwargs: Any) -> Any:
+    """
+    The tokenizer of a folder or Hub repo, padded on the left.
+
+    Args:
+        model (`str`):
+            Folder or Hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit.
+        kwargs:
+            Passed to [`~transformers.AutoTokenizer.from_pretrained`].
+
+    Raises:
+        `ValueError`: it cannot be loaded; the message names `model`.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left", **kwargs)
+    except Exception as error:  # whatever a damaged file raises in transformers or tokenizers
+        raise ValueError(
+            f"the tokenizer of {model} cannot be loaded ({_first_line(error)}): check the name and its files"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def context_length(
     model: str | PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False
 ) -> int | None:
@@ -35,16 +69,19 @@ def context_length(
     Longest sequence of a model in tokens, read from its config alone; `None` if it has no limit.
 
     Raises:
-        `ValueError`: an encoder-decoder model, which cannot write on from a prompt, or one with layers in which
-            permutations cannot share their prompt.
+        `ValueError`: an encoder-decoder model, which cannot write on from a prompt.
     """
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever a damaged file raises
+            raise ValueError(
+                f"the config of model {model} cannot be loaded ({_first_line(error)}): check the name and its files"
+            ) from error
     else:
         config = model.config
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
-    check_layers(config)
     return longest_sequence(config)
 
 

@@ -88,7 +88,7 @@ def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]
 
     Args:
         permutations (`Tensor` of shape `(B, m, K)`):
-            Ids from 1.
+            Ids from 1, and zeros behind.
 
     Returns:
         `tuple[list[tuple[int, list[int]]], Tensor]`: the distinct pairs of question index and permutation, and for
@@ -99,7 +99,7 @@ def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]
         [index.setdefault((question, *permutation), len(index)) for permutation in samples]
         for question, samples in enumerate(permutations.tolist())
     ]
-    pairs = [(question, list(permutation)) for question, *permutation in index]
+    pairs = [(question, [i for i in permutation if i]) for question, *permutation in index]
     return pairs, torch.tensor(inverse, device=permutations.device)
 
 

@@ -16,11 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
 from .control_tokens import end_token_id
+from .distinct import sample_distinct_permutations
+from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows
 from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
 from .sampling import PermutationSamples, sample_permutations
+from .separate_rows import SeparateRows
 from .shared_prefix import PackedModel, ReadPrompts, TokenCount, share_prefixes
 
 
@@ -28,8 +31,8 @@ class RAGModel:
     r"""
     Selector \\( p(z \mid x) \\) and generator \\( p(y \mid x, d_z) \\) over batches of questions.
 
-    A question is a dict with `question` and `documents`; a permutation holds places in its `documents`, from 1. They
-    stand in the retriever's order, or the question says under `retrieval_ranks` which place in it each has, from 1.
+    A question is a dict with `question` and `documents`, in the retriever's order or with their places in it, from 1,
+    under `retrieval_ranks`. A permutation holds places in `documents`, from 1, and zeros behind if it ended early.
 
     Args:
         roles ([`~roles.Roles`]):
@@ -67,6 +70,10 @@ class RAGModel:
         self.retriever_prior = retriever_prior
         self.count = TokenCount()
 
+    def keeps_prompts(self) -> bool:
+        """Whether what [`~RAGModel.read`] keeps with gradients can be continued in training mode."""
+        return not self.roles.is_checkpointed("selector") and "selector" not in self.roles.separate
+
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
         """
         The selector's prompts in its cache, for [`~RAGModel.sample`] and [`~RAGModel.permutation_logps`] of the same
@@ -83,7 +90,7 @@ class RAGModel:
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
         """
         begun = [self.codec.forced_start(len(question["documents"])) for question in questions]
-        return self._packed("selector").read(self._selector_prompts(questions), begun)
+        return self.reader("selector").read(self._selector_prompts(questions), begun)
 
     def sample(
         self,
@@ -94,9 +101,11 @@ class RAGModel:
         greedy: bool = False,
         seeds: Sequence[int] | None = None,
         read: ReadPrompts | None = None,
+        sampling: Sampling = "independent",
     ) -> PermutationSamples:
         """
-        Permutations drawn from the selector, see [`~sampling.sample_permutations`].
+        Permutations drawn from the selector, see [`~sampling.sample_permutations`] and
+        [`~distinct.sample_distinct_permutations`].
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -113,6 +122,8 @@ class RAGModel:
                 Seed of each question's draws; drawn from the global generator by default.
             read ([`~shared_prefix.ReadPrompts`], *optional*):
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
+            sampling (`str`, *optional*, defaults to `"independent"`):
+                `"independent"`, or `"distinct"` for different permutations; nothing is drawn if `greedy`.
 
         Returns:
             [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
@@ -126,17 +137,19 @@ class RAGModel:
         def sample(rows: list[int]) -> list[PermutationSamples]:
             chosen = [questions[row] for row in rows]
             with torch.no_grad():
-                samples = sample_permutations(
-                    self._packed("selector"),
+                draw: Callable[..., PermutationSamples] = partial(sample_permutations, greedy=greedy)
+                if sampling == "distinct" and not greedy:
+                    draw = sample_distinct_permutations
+                samples = draw(
+                    self.reader("selector"),
                     self.codec,
                     self.read(chosen) if read is None else read,
                     [len(question["documents"]) for question in chosen],
                     num_permutations,
                     temperature,
                     top_p,
-                    greedy,
-                    [seeds[row] for row in rows],
-                    [self.document_logits(question) for question in chosen],
+                    seeds=[seeds[row] for row in rows],
+                    document_logits=[self.document_logits(question) for question in chosen],
                 )
             return [PermutationSamples(*tensors) for tensors in zip(*samples, strict=True)]
 
@@ -176,10 +189,8 @@ class RAGModel:
         pairs, inverse = unique_permutations(permutations)
         groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
         prompts = self._selector_prompts(questions) if read is None else read.prompts
-        model = self.roles.module("selector")
-        # Checkpointing leaves the cache empty: then prompt and permutations go through the model together. Not all
-        # modules have the attribute.
-        cached = not (model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        # Where the cache stays empty, prompt and permutations go through the model together.
+        cached = not self.roles.module("selector").training or self.keeps_prompts()
 
         def score(rows: list[int]) -> Sequence[Tensor]:
             def complete(tokens: list[list[int]]) -> CompletionLogits:
@@ -188,7 +199,7 @@ class RAGModel:
                 past = read
                 if cached and read is None:
                     past = self.read([questions[row] for row in rows])
-                return self._packed("selector", wrapped).completion_logits(completions, past)
+                return self.reader("selector", wrapped).completion_logits(completions, past)
 
             permutations = [z for row in rows for z in groups[row]]
             sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
@@ -220,7 +231,7 @@ class RAGModel:
             [`~likelihood.CompletionLogits`]: of `B` completions, in order.
         """
         groups = [[(prompt, tokens)] for prompt, tokens in zip(read.prompts, written, strict=True)]
-        return self._packed("selector").completion_logits(groups, read)
+        return self.reader("selector").completion_logits(groups, read)
 
     def answer_logps(
         self,
@@ -238,7 +249,7 @@ class RAGModel:
             questions (`list[dict]` of length `B`):
                 Questions with their documents.
             targets (`list[list[str]]` of length `B`):
-                Answers of each question; the likelihoods of several are added up.
+                Answers of each question; the likelihoods of those that differ in their tokens are added up.
             permutations (`Tensor` of shape `(B, m, K)`):
                 Places in `documents`, from 1.
             mean (`bool`, *optional*, defaults to `False`):
@@ -251,25 +262,30 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         tokenizer = self.tokenizers["generator"]
+        # An alias that is written in the same tokens as another is the same answer and counts once.
+        aliases = [
+            list(dict.fromkeys(tuple(answer_ids(tokenizer, target)) for target in question)) for question in targets
+        ]
         groups: list[list[tuple[list[int], list[int]]]] = [[] for _ in questions]
         for question, permutation in pairs:
             prompt = self._generator_prompt(questions[question], permutation)
-            groups[question] += [(prompt, answer_ids(tokenizer, target)) for target in targets[question]]
+            groups[question] += [(prompt, list(answer)) for answer in aliases[question]]
         together = [len(share_prefixes([prompt + answer for prompt, answer in group]).tokens) for group in groups]
         apart = [len(prompt) + len(answer) for group in groups for prompt, answer in group]
-        if self._forward_flops("generator", apart) <= self._forward_flops("generator", together):
+        separate = "generator" in self.roles.separate
+        if separate or self._forward_flops("generator", apart) <= self._forward_flops("generator", together):
             groups, lengths = [[row] for group in groups for row in group], apart
         else:
             lengths = together
 
         def score(rows: list[int]) -> Sequence[Tensor]:
             chosen = [groups[row] for row in rows]
-            logits = self._packed("generator", wrapped).completion_logits(chosen)
+            logits = self.reader("generator", wrapped).completion_logits(chosen)
             return completion_logps(logits, mean).split([len(group) for group in chosen])
 
         logps = torch.cat(self._in_chunks(score, lengths))
-        aliases = logps.split([len(targets[question]) for question, _ in pairs])
-        return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in aliases])[inverse]
+        per_pair = logps.split([len(aliases[question]) for question, _ in pairs])
+        return torch.stack([alias_logps.logsumexp(dim=0) for alias_logps in per_pair])[inverse]
 
     def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         """
@@ -343,6 +359,11 @@ class RAGModel:
             return tokenizer.batch_decode(written, skip_special_tokens=True)
 
         def generate(rows: list[int]) -> list[str]:
+            lengths = {row: len(prompts[row]) for row in rows}
+            if "generator" in self.roles.separate and len(set(lengths.values())) > 1:  # rows without padding
+                alike = [[row for row in rows if lengths[row] == n] for n in set(lengths.values())]
+                written = {row: text for part in alike for row, text in zip(part, generate(part), strict=True)}
+                return [written[row] for row in rows]
             chosen = [prompts[row] for row in rows]
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
             watched = None
@@ -384,15 +405,17 @@ class RAGModel:
     def _selector_prompts(self, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
         return [self.prompts["selector"](question["question"], question["documents"]) for question in questions]
 
-    def _generator_prompt(self, question: dict[str, Any], permutation: list[int]) -> list[int]:
-        return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
+    def _generator_prompt(self, question: dict[str, Any], places: list[int]) -> list[int]:
+        return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in places if i])
 
     def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]
 
-    def _packed(self, role: Role, wrapped: nn.Module | None = None) -> PackedModel:
+    def reader(self, role: Role, wrapped: nn.Module | None = None) -> PackedModel:
+        """A role's model as rows are given to it."""
         base: Any = self.roles.module(role)
-        return PackedModel(
+        model = SeparateRows if role in self.roles.separate else PackedModel
+        return model(
             partial(self.roles.forward, role, wrapped),
             base.config,
             self.tokenizers[role].pad_token_id,

@@ -209,6 +209,8 @@ class Roles:
     def __init__(self, model: PeftModel | RolePair, trained: Iterable[Role] = ROLES):
         self.model = model
         self.trained = tuple(trained)
+        # Roles whose sequences each need a row of their own, see [`~self_check.check_rows`].
+        self.separate: set[Role] = set()
         self._freeze()
 
     @property
@@ -224,6 +226,11 @@ class Roles:
             self.model.set_adapter(role)
             self._freeze()
         return self.model
+
+    def is_checkpointed(self, role: Role) -> bool:
+        """Whether layers recompute what the backward needs: in training mode they then leave the cache empty."""
+        # Not all modules have the attribute.
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.module(role).modules())
 
     def forward(self, role: Role, wrapped: nn.Module | None = None, **inputs: Any) -> Any:
         """
@@ -335,6 +342,7 @@ def cast_adapters_for_quantized_base(roles: Roles) -> None:
     Adapter weights in bfloat16 on a 4-bit or 8-bit base, as QLoRA recommends and TRL does for its trainers. DoRA's
     magnitude stays in float32: its updates are too small for bfloat16.
     """
+    keep_gradients_of_quantized(roles.model)
     for role in ROLES:
         module = roles.model.get_submodule(role) if isinstance(roles.model, RolePair) else roles.model
         if not is_quantized(module):
@@ -342,6 +350,16 @@ def cast_adapters_for_quantized_base(roles: Roles) -> None:
         for name, parameter in roles.named_parameters(role):
             if "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def keep_gradients_of_quantized(model: nn.Module) -> None:
+    """
+    On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first forward without gradients, and adapters
+    get none from then on: turns that off.
+    """
+    for linear in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(linear):  # bitsandbytes' layers of 4 bits alone have it
+            linear.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def is_quantized(model: nn.Module) -> bool:

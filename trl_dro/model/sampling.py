@@ -22,7 +22,7 @@ class PermutationSamples(NamedTuple):
 
     Args:
         permutations (`Tensor` of shape `(B, m, K)`):
-            Document ids as they are written in the prompt, from 1.
+            Document ids as they are written in the prompt, from 1; zeros behind a permutation that ended early.
         logps (`Tensor` of shape `(B, m)`):
             \\( \log p(z) \\) in nats: constrained, at temperature 1.
         proposal_logps (`Tensor` of shape `(B, m)`):
@@ -141,7 +141,7 @@ def _draw(
         if writing:
             logits, read = _read_on(model, read, writers)
 
-    permutations = torch.tensor([writer.permutation for writer in writers], device=model.device)
+    permutations = torch.tensor([codec.padded(writer.permutation) for writer in writers], device=model.device)
     shape = (num_questions, num_permutations)
     return PermutationSamples(permutations.view(*shape, -1), logps.view(shape), proposal_logps.view(shape))
 

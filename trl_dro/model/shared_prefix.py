@@ -8,20 +8,34 @@ checkpointing; and of the prompts for these permutations, those that begin with 
 
 A token is known by an *owner*, the first sequence of its row that has it, and its position. A token of sequence `s`
 sees the token that `a` owns at position `q` if `q` is not after it and below `common[s, a]`, the number of tokens with
-which both sequences begin.
+which both sequences begin. The sequences P Q U V, P Q W and P X in one row:
+
+    token     P  Q  U  V  W  X
+    owner     0  0  0  0  1  2
+    position  0  1  2  3  2  1
+
+    P sees    #
+    Q sees    #  #
+    U sees    #  #  #
+    V sees    #  #  #  #
+    W sees    #  #        #        common[1, 0] = 2: of what 0 owns, P and Q
+    X sees    #              #     common[2, 0] = 1: of what 0 owns, P
+
+Nothing else tells where a token belongs, so that the columns may stand in any order.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, PreTrainedConfig
 
-from .likelihood import CompletionLogits, flat_tokens, pad_rows
+from .likelihood import CompletionLogits, flat_tokens, kept_logits, pad_rows
 
 
 class SharedTokens(NamedTuple):
@@ -83,6 +97,39 @@ def share_prefixes(sequences: Sequence[Sequence[int]], first_position: int = 0) 
     return SharedTokens(tokens, owners, positions, paths, common)
 
 
+def side_by_side(
+    continuations: Sequence[Sequence[int]], starts: Sequence[int], num_common: int, seen: Sequence[set[int]]
+) -> SharedTokens:
+    """
+    Packs the next tokens of sequences whose earlier ones are read.
+
+    Args:
+        continuations (`list[list[int]]` of length `S`):
+            Next token ids of each sequence, or none.
+        starts (`list[int]` of length `S`):
+            Position of the first of them.
+        num_common (`int`):
+            Number of tokens with which all sequences begin; what follows them is kept apart, even if it is alike.
+        seen (`list[set[int]]` of length `S`):
+            Owners of the tokens of each sequence that follow these, itself among them.
+
+    Returns:
+        [`SharedTokens`]: with paths through the next tokens only.
+    """
+    lengths = [len(new) for new in continuations]
+    spans = list(zip(starts, lengths, strict=True))
+    return SharedTokens(
+        tokens=[token for new in continuations for token in new],
+        owners=[s for s, length in enumerate(lengths) for _ in range(length)],
+        positions=[start + i for start, length in spans for i in range(length)],
+        paths=[list(range(end - n, end)) for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)],
+        common=[
+            [start + n if a in owners else num_common for a in range(len(spans))]
+            for owners, (start, n) in zip(seen, spans, strict=True)
+        ],
+    )
+
+
 class Columns(NamedTuple):
     """Owner and position of every column of a batch of rows, both `(B, L)`; position -1 is padding."""
 
@@ -109,6 +156,8 @@ class ReadPrompts(NamedTuple):
             Owner and position of each of the cache's columns.
         logits (`Tensor` of shape `(B, V)`):
             Prediction after the last token read.
+        written (`list[list[list[int]]]` of shape `(B, S)`, *optional*):
+            Tokens of each continuation, kept by [`~separate_rows.SeparateRows`] alone, which has no cache.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -116,6 +165,13 @@ class ReadPrompts(NamedTuple):
     cache: DynamicCache
     columns: Columns
     logits: Tensor
+    written: Sequence[Sequence[list[int]]] = ()
+
+    def cut_to(self, lengths: Sequence[int]) -> "ReadPrompts":
+        """The same, with what stands at these positions (one per prompt) and after them hidden."""
+        positions = self.columns.positions
+        ends = torch.tensor(lengths, device=positions.device).unsqueeze(-1)
+        return self._replace(columns=self.columns._replace(positions=positions.masked_fill(positions >= ends, -1)))
 
 
 @dataclass
@@ -172,21 +228,16 @@ class PackedModel:
         Raises:
             `ValueError`: the model's attention cannot take a mask of this shape.
         """
-        rows = []
+        rows, wanted = [], []
         for group in groups:
             # With the prompt in the cache its last token is read again, to predict the first of each completion.
             first = 0 if read is None else len(group[0][0]) - 1
-            rows.append(share_prefixes([[*prompt[first:], *completion[:-1]] for prompt, completion in group], first))
-        wanted = [
-            [path[-len(completion) :] for path, (_, completion) in zip(row.paths, group, strict=True)]
-            for row, group in zip(rows, groups, strict=True)
-        ]
-        past = None
+            row = share_prefixes([[*prompt[first:], *completion[:-1]] for prompt, completion in group], first)
+            rows.append(row)
+            wanted.append([i for path, (_, c) in zip(row.paths, group, strict=True) for i in path[-len(c) :]])
         if read is not None:
-            last = torch.tensor([[len(prompt) - 1] for prompt in read.prompts], device=self.device)
-            positions = read.columns.positions
-            past = read._replace(columns=read.columns._replace(positions=positions.masked_fill(positions >= last, -1)))
-        logits, _ = self._run(rows, wanted, past)
+            read = read.cut_to([len(prompt) - 1 for prompt in read.prompts])
+        logits, _ = self._run(rows, wanted, read)
         completions = [completion for group in groups for _, completion in group]
         return CompletionLogits(logits, flat_tokens(completions, self.device), [len(c) for c in completions])
 
@@ -222,15 +273,20 @@ class PackedModel:
         self.count.tokens += sum(map(len, rows))
         self.count.padded += input_ids.numel()
         columns = torch.tensor([lasts.index(len(row) - 1) for row in rows], device=self.device)
-        logits = outputs.logits[torch.arange(len(rows), device=self.device), columns]
+        kept = kept_logits(outputs.logits, lasts, input_ids.shape[1])
+        logits = kept[torch.arange(len(rows), device=self.device), columns]
         positions = counted.masked_fill(~mask, -1)
         return ReadPrompts(prompts, begun, cache, Columns(torch.zeros_like(positions), positions), logits)
 
     def extend(
-        self, read: ReadPrompts, tokens: Sequence[Sequence[Sequence[int]]], positions: Sequence[Sequence[int]]
+        self,
+        read: ReadPrompts,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        positions: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> tuple[Tensor, ReadPrompts]:
         """
-        Continues each prompt in several ways, which do not see each other.
+        Continues each prompt in several ways, which do not see each other unless they go on from one another.
 
         Args:
             read ([`ReadPrompts`]):
@@ -239,82 +295,82 @@ class PackedModel:
                 New token ids of each continuation, or none.
             positions (`list[list[int]]` of shape `(B, S)`):
                 Position of the first new token of each.
+            parents (`list[list[list[int]]]` of shape `(B, S)`, *optional*):
+                Earlier continuations that each goes on from. By default each goes on from itself alone.
 
         Returns:
             `tuple[Tensor, ReadPrompts]`: predictions after the last new token of each continuation that has any,
             `(N, V)`, and what is read now.
         """
-        rows, wanted = [], []
-        for prompt, begun, continuations, starts in zip(read.prompts, read.begun, tokens, positions, strict=True):
-            row = SharedTokens([], [], [], [], [])
-            shared = len(prompt) + len(begun)
-            for s, (new, start) in enumerate(zip(continuations, starts, strict=True)):
-                row.paths.append(list(range(len(row.tokens), len(row.tokens) + len(new))))
-                row.tokens.extend(new)
-                row.owners.extend([s] * len(new))
-                row.positions.extend(range(start, start + len(new)))
-                row.common.append([start + len(new) if s == a else shared for a in range(len(starts))])
-            rows.append(row)
-            wanted.append([path[-1:] for path in row.paths])
-        return self._run(rows, wanted, read)
+        rows = []
+        for b, (prompt, begun) in enumerate(zip(read.prompts, read.begun, strict=True)):
+            seen = [{s} for s in range(len(tokens[b]))]
+            if parents is not None:
+                seen = [{s, *ancestors} for s, ancestors in enumerate(parents[b])]
+            rows.append(side_by_side(tokens[b], positions[b], len(prompt) + len(begun), seen))
+        logits, read_now = self._run(rows, [[path[-1] for path in row.paths if path] for row in rows], read)
+        return logits, cast(ReadPrompts, read_now)
 
     def _run(
-        self, rows: Sequence[SharedTokens], wanted: Sequence[Sequence[list[int]]], past: ReadPrompts | None
-    ) -> tuple[Tensor, Any]:
+        self, rows: Sequence[SharedTokens], wanted: Sequence[Sequence[int]], past: ReadPrompts | None
+    ) -> tuple[Tensor, ReadPrompts | None]:
         """
-        Logits `(T, V)` after the wanted tokens of each sequence of each row, and the cache with all tokens if there
-        was one.
+        One forward over rows, behind what was read before if they continue it.
+
+        Args:
+            rows (`list[SharedTokens]` of length `B`):
+                Tokens of each row.
+            wanted (`list[list[int]]` of length `B`):
+                Indices of the tokens of each row after which the prediction is wanted.
+            past ([`ReadPrompts`], *optional*):
+                What the rows continue.
+
+        Returns:
+            `tuple[Tensor, ReadPrompts]`: predictions `(T, V)`, those of a row behind those of the row before; and what
+            is read now, if `past` was given.
         """
-        # The columns whose logits are wanted stand last, and none else get any. Masks go by owner and position, so
-        # that the order is free; a sequence alone in its row keeps its own.
-        keep = [sorted({index for indices in row for index in indices}) for row in wanted]
+        # Logits cost most, and a model can leave out those of all but the last columns: there the wanted tokens go.
+        # Masks go by owner and position, so that the order is free; a sequence alone in its row keeps its own.
         orders = []
-        for row, kept in zip(rows, keep, strict=True):
-            last = set(kept)
-            orders.append([*(index for index in range(len(row.tokens)) if index not in last), *kept])
-        width, num_kept = max(map(len, orders)), max(map(len, keep))
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        owners = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.full((len(rows), width), -1)
-        size = max(len(row.common) for row in rows)
-        common = torch.zeros(len(rows), size, size, dtype=torch.long)
-        for b, (row, order) in enumerate(zip(rows, orders, strict=True)):
-            columns = slice(width - len(order), width)
-            input_ids[b, columns] = torch.tensor(row.tokens, dtype=torch.long)[order]
-            owners[b, columns] = torch.tensor(row.owners, dtype=torch.long)[order]
-            positions[b, columns] = torch.tensor(row.positions, dtype=torch.long)[order]
-            common[b, : len(row.common), : len(row.common)] = torch.tensor(row.common)
-        query = Columns(owners.to(self.device), positions.to(self.device))
-        inputs: dict[str, Any] = {}
+        for row, indices in zip(rows, wanted, strict=True):
+            last = set(indices)
+            orders.append(sorted(range(len(row.tokens)), key=lambda index: (index in last, index)))  # noqa: B023
+        num_logits = max(len(set(indices)) for indices in wanted)
+
+        # Rows are padded on the left.
+        def columns_of(values: Sequence[Sequence[int]], padding: int) -> Tensor:
+            ordered = [[value[index] for index in order] for value, order in zip(values, orders, strict=True)]
+            return pad_rows(ordered, padding, self.device, side="left")[0]
+
+        input_ids = columns_of([row.tokens for row in rows], self.pad_token_id)
+        query = Columns(columns_of([row.owners for row in rows], 0), columns_of([row.positions for row in rows], -1))
+        key = query if past is None else past.columns.then(query)
+        cached: dict[str, Any] = {}
         if past is not None:
-            key = past.columns.then(query)
-            inputs = {"past_key_values": _copy_of(past.cache), "use_cache": True}
-            inputs["attention_mask"] = _attention_masks(self.config, query, key, common.to(self.device), self.dtype)
-        elif size == 1:  # plain rows, for which the model makes its masks itself
-            inputs["attention_mask"] = (query.positions >= 0).long()
+            cached = {"past_key_values": _copy_of(past.cache), "use_cache": True}
+        if past is None and all(len(row.paths) == 1 for row in rows):
+            mask = (query.positions >= 0).long()  # plain rows, for which the model makes its masks itself
         else:
-            inputs["attention_mask"] = _attention_masks(self.config, query, query, common.to(self.device), self.dtype)
+            mask = _attention_masks(self.config, query, key, _common_of(rows, self.device), self.dtype)
         outputs = self.forward(
-            input_ids=input_ids.to(self.device),
+            input_ids=input_ids,
+            attention_mask=mask,
             position_ids=query.positions.clamp(min=0),
-            logits_to_keep=num_kept,
-            **inputs,
+            logits_to_keep=num_logits,
+            **cached,
         )
         self.count.tokens += sum(map(len, orders))
         self.count.padded += input_ids.numel()
 
-        flat_rows: list[int] = []
-        flat_columns: list[int] = []
-        for b, (kept, indices) in enumerate(zip(keep, wanted, strict=True)):
-            column = {index: num_kept - len(kept) + i for i, index in enumerate(kept)}
-            flat_columns.extend(column[index] for sequence in indices for index in sequence)
-            flat_rows.extend([b] * sum(map(len, indices)))
-        logits = outputs.logits[
-            torch.tensor(flat_rows, device=self.device), torch.tensor(flat_columns, device=self.device)
-        ]
-        if past is None:
-            return logits, None
-        return logits, past._replace(cache=inputs["past_key_values"], columns=key)
+        columns = []  # of the logits, for each wanted token
+        for order, indices in zip(orders, wanted, strict=True):
+            column = {index: i for i, index in enumerate(order, start=num_logits - len(order))}
+            columns.append([column[index] for index in indices])
+        batch = [b for b, indices in enumerate(wanted) for _ in indices]
+        width = input_ids.shape[1]
+        kept = kept_logits(outputs.logits, range(width - num_logits, width), width)
+        logits = kept[torch.tensor(batch, device=self.device), flat_tokens(columns, self.device)]
+        return logits, past and past._replace(cache=cached["past_key_values"], columns=key)
 
 
 def check_attention(attention: str | None) -> None:
@@ -325,7 +381,7 @@ def check_attention(attention: str | None) -> None:
     if attention not in (None, "eager", "sdpa", "flex_attention"):
         raise ValueError(
             f"attn_implementation='{attention}' takes no mask of its own, by which permutations share their prompt: "
-            "use sdpa, flex_attention or eager"
+            "use sdpa, flex_attention or eager, or set shared_prefix='never'"
         )
 
 
@@ -335,7 +391,7 @@ def check_layers(config: PreTrainedConfig) -> None:
     if unknown:
         raise ValueError(
             f"layers of type {', '.join(sorted(unknown))} take no mask of their own, by which permutations share "
-            "their prompt: use a model with attention in every layer"
+            "their prompt"
         )
 
 
@@ -385,6 +441,15 @@ def _mask(attention: str, query: Columns, key: Columns, common: Tensor, window: 
     if attention == "sdpa":
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def _common_of(rows: Sequence[SharedTokens], device: torch.device) -> Tensor:
+    """`common` of each row, `(B, S, S)`, zero where a row has fewer sequences."""
+    size = max(len(row.common) for row in rows)
+    common = torch.zeros(len(rows), size, size, dtype=torch.long)
+    for b, row in enumerate(rows):
+        common[b, : len(row.common), : len(row.common)] = torch.tensor(row.common)
+    return common.to(device)
 
 
 def _copy_of(cache: DynamicCache) -> DynamicCache:

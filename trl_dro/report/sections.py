@@ -25,6 +25,7 @@ QUANTITIES = (
     ("iwae_bound", "IWAE bound, nats per question", 1, 2),
     ("ess", "effective sample size, permutations", 1, 2),
     ("unique_permutations", "distinct permutations per question", 1, 2),
+    ("selector/documents", "documents per question", 1, 2),
     ("selector/entropy", "selector's entropy, nats", 1, 2),
     ("tiny_likelihood_share", "questions whose answer is unlikely under every permutation, %", 100, 1),
     ("masked_question_share", "questions left out for a likelihood that is not finite, %", 100, 1),
@@ -404,7 +405,7 @@ def _course(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 
 def _documents(row: Row) -> str:
     """Places and titles of a permutation's documents."""
-    places = row["permutation"].split(" > ")
+    places = row["permutation"].split(" > ") if row["permutation"] else []
     return " › ".join(f"{place} {title}".strip() for place, title in zip(places, row["titles"], strict=True))
 
 

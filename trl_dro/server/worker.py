@@ -63,12 +63,13 @@ class Job:
         # In characters: near enough to put requests of similar length together.
         texts = [each if isinstance(each, str) else each["text"] for each in documents or []]
         self.length = len(question_text(question)) + sum(map(len, texts))
-        self.given_up = False  # read by the worker after every token
+        self.over = False  # answered or given up; read by the worker after every token
         self.news: asyncio.Queue[tuple[bool, RAGOutput | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     def tell(self, news: RAGOutput | Exception, final: bool = True) -> None:
         """Hands the output so far, the final one or an error over to the event loop, from any thread."""
+        self.over |= final
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped, and nobody listens
             self._loop.call_soon_threadsafe(self.news.put_nowait, (final, news))
 
@@ -106,7 +107,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests at work or waiting."""
-        return len(self._queue) + len(self._at_work)
+        return len(self._queue) + sum(not job.over for job in self._at_work)
 
     @property
     def status(self) -> str:
@@ -172,7 +173,7 @@ class Worker:
         with self._changed:
             self._closing = True
             for job in (*self._queue, *self._at_work):
-                job.given_up = True
+                job.over = True
             self._changed.notify()
         self._thread.join()
 
@@ -189,7 +190,7 @@ class Worker:
 
     def _give_up(self, job: Job) -> None:
         with self._changed:
-            job.given_up = True
+            job.over = True
             if job in self._queue:
                 self._queue.remove(job)
 
@@ -224,14 +225,14 @@ class Worker:
             return self._at_work
 
     def _answer(self, jobs: list[Job]) -> None:
-        jobs = [job for job in jobs if not job.given_up]
+        jobs = [job for job in jobs if not job.over]
         if not jobs:
             return
 
         def watch(i: int, output: RAGOutput) -> bool:
             if jobs[i].streamed:
                 jobs[i].tell(output, final=False)
-            return jobs[i].given_up
+            return jobs[i].over
 
         try:
             outputs = self.pipe(

@@ -56,7 +56,8 @@ class RAGOutput:
         answer (`str`):
             Greedy answer.
         documents (`list[SelectedDocument]`):
-            Selected documents in the selector's order, which is the order that the generator reads.
+            Selected documents in the selector's order, which is the order that the generator reads; none if it was
+            allowed to select none and the answer is the generator's own.
     """
 
     answer: str
@@ -163,6 +164,7 @@ class RAGPipeline:
             selector_source = find_role(selector, "selector", None, options.token, base_model)
         saved = generator.config or selector_source.config
         rag_config = RAGConfig.load(saved, config) if saved else RAGConfig(**config)
+        rag_config.check(saved or "the settings")
         rag = load_rag(selector_source, generator, rag_config, options)
         return cls(rag, rag_config, retriever, {"selector": selector_source, "generator": generator}, options)
 
@@ -320,7 +322,8 @@ class RAGPipeline:
             group = [records[row] for row in rows]
             with torch.no_grad():
                 read = rag.read(group)  # once, to select and to tell with what probability
-            permutations = rag.sample(group, 1, greedy=True, read=read).permutations[:, 0].tolist()
+            padded = rag.sample(group, 1, greedy=True, read=read).permutations[:, 0].tolist()
+            permutations = [[i for i in permutation if i] for permutation in padded]
             probabilities = choice_probabilities(rag, group, permutations, read)
             for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
                 documents = records[row]["documents"]
@@ -339,7 +342,8 @@ class RAGPipeline:
             rows = [row for row in group if row not in left]
             if not rows:
                 continue
-            permutations = torch.tensor([[document.position for document in outputs[row].documents] for row in rows])
+            places = [[document.position for document in outputs[row].documents] for row in rows]
+            permutations = torch.tensor([rag.codec.padded(each) for each in places])
             seen = None if watch is None else partial(_watch_answers, watch, rows, outputs)
             length = self.config.max_answer_length
             answers = rag.answer([records[row] for row in rows], permutations, length, watch=seen)
@@ -404,7 +408,8 @@ def choice_probabilities(
     read: ReadPrompts | None = None,
 ) -> list[list[float]]:
     r"""
-    Probability of every choice of a permutation, \\( p(z_t \mid z_{<t}, x) \\); their product is \\( p(z \mid x) \\).
+    Probability of every choice of a permutation, \\( p(z_t \mid z_{<t}, x) \\). Their product is \\( p(z \mid x) \\),
+    unless it ends early: that choice is left out.
 
     Args:
         rag ([`~rag_model.RAGModel`]):
@@ -428,14 +433,15 @@ def choice_probabilities(
     start = 0  # of the row in the logits of all
     for (tokens, branches), permutation in zip(written, permutations, strict=True):
         lengths = [len(rag.codec.id_tokens[i]) + len(rag.codec.separator) for i in permutation]
-        ends = torch.tensor(lengths).cumsum(0)  # first token after each id and its separator
-        logps = torch.zeros(len(permutation))
+        # First token after each id, where the next choice begins: it may be to end.
+        ends = torch.tensor(lengths, dtype=torch.long).cumsum(0) - len(rag.codec.separator)
+        logps = torch.zeros(len(permutation) + 1)
         for branch in branches:
             logits = completion.logits[start + branch.position, branch.allowed].float().cpu()
             logits = logits + torch.tensor(branch.prior)
             choice = int(torch.searchsorted(ends, branch.position, right=True))
             logps[choice] += logits.log_softmax(dim=-1)[branch.chosen]
-        probabilities.append(logps.exp().tolist())
+        probabilities.append(logps[:-1].exp().tolist())
         start += len(tokens)
     return probabilities
 

@@ -2,6 +2,7 @@
 """Prompts and sizes of a trained system, kept beside its weights."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.lines import read_json_object
 from ..data.storage import write_whole
 from ..model.codec import PermutationCodec
 from ..model.loading import build_prompts
-from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template, check_template
 from ..model.roles import Role
 
 
@@ -27,7 +29,9 @@ class RAGConfig:
 
     Args:
         num_selected (`int`, *optional*, defaults to `5`):
-            Documents in a permutation, K.
+            Documents in a permutation, K; the most, if it may end early.
+        min_selected (`int`, *optional*):
+            Documents from which a permutation may end; by default all K.
         max_candidates (`int`, *optional*, defaults to `20`):
             Candidates shown to the selector, n: the first ones in retrieval order.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
@@ -47,6 +51,7 @@ class RAGConfig:
     """
 
     num_selected: int = 5
+    min_selected: int | None = None
     max_candidates: int = 20
     retriever_prior: float = 0.0
     selector_template: Template = SELECTOR_TEMPLATE
@@ -98,14 +103,56 @@ class RAGConfig:
         Raises:
             `ValueError`: the file is damaged, a field is unknown, or a template was a function and none is passed.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or download it again") from None
-        values |= overrides or {}
+        values = read_json_object(path) | dict(overrides or {})
         if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
             raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; update trl_dro or correct them")
         for name in ("selector_template", "generator_template"):
+            if name not in values:
+                raise ValueError(f"{path} has no {name}: copy or download it again, or pass {name}=")
             if values[name] is None:
                 raise ValueError(f"the {name} of {path} was a function, which is not saved: pass {name}=")
         return cls(**values)
+
+    def check(self, where: str) -> None:
+        """
+        Checks the types and ranges of the fields, before any model is loaded.
+
+        Args:
+            where (`str`):
+                What is told to hold them: a file, or who passed them.
+
+        Raises:
+            `ValueError`: a field cannot be used; the message names it.
+        """
+        for name in (
+            "num_selected",
+            "max_candidates",
+            "max_answer_length",
+            "max_prompt_length",
+            "max_document_length",
+        ):
+            value = getattr(self, name)
+            optional = name in ("max_prompt_length", "max_document_length")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{where}: {name} must be a whole number from 1, not {value!r}; correct it")
+        if self.num_selected > self.max_candidates:
+            raise ValueError(
+                f"{where}: max_candidates={self.max_candidates} is less than num_selected={self.num_selected}; "
+                "raise it"
+            )
+        for name in ("selector_template", "generator_template"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not callable(value):
+                raise ValueError(f"{where}: {name} must be a text, not {value!r}; correct it")
+            try:
+                check_template(value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {name}: {error}") from None
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f"{where}: chat_template_kwargs must be an object or null, not {self.chat_template_kwargs!r}; "
+                "correct it"
+            )
+        prior = self.retriever_prior
+        if isinstance(prior, bool) or not isinstance(prior, int | float) or not (math.isfinite(prior) and prior >= 0):
+            raise ValueError(f"{where}: retriever_prior must be a finite number from 0, not {prior!r}; correct it")

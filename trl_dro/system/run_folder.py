@@ -6,7 +6,6 @@ with what the prompts were made of, and `base/` if the base model has no place o
 adapters name no base, and only then a folder of that name is one.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,20 +24,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.lines import first_line
 from ..data.storage import content_key, file_key
 from ..model.codec import PermutationCodec
-from ..model.loading import longest_sequence, prepare_tokenizer
+from ..model.loading import load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from ..model.self_check import SharedPrefix, check_rows
+from .adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from .rag_config import CONFIG_FILE, RAGConfig
 
 
 BASE_FOLDER = "base"
-ADAPTER_FILE = "adapter_config.json"
 # What tells a repo with roles or an adapter from a plain model's.
 _MARKS = (CONFIG_FILE, f"generator/{ADAPTER_FILE}", f"selector/{ADAPTER_FILE}", ADAPTER_FILE)
 
@@ -100,6 +100,7 @@ def find_role(
     Raises:
         `ValueError`: there is no such folder or repo, it cannot be reached, or the adapter's base is unknown.
     """
+    refuse_file(name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(("./", "../", "~")):
@@ -118,7 +119,7 @@ def find_role(
                 f"with {' and '.join(ROLES)}, or a model's"
             )
         return RoleSource(str(role_folder), config=config)
-    settings = json.loads(adapter.read_text(encoding="utf-8"))
+    settings = read_adapter_config(role_folder)
     if base_model is not None:
         return RoleSource(str(role_folder), base_model, config=config)
     base = settings.get("base_model_name_or_path")
@@ -169,13 +170,13 @@ def system_stamp(selector: str | None, generator: str, base_model: str | None = 
     sources = [find_role(name, role, base_model=base_model) for role, name in named if name and Path(name).is_dir()]
     configs = {source.config for source in sources if source.config}
     return {
-        "weights": _files_key([source.path for source in sources]),
-        "base": _files_key([source.base for source in sources if source.base]),
+        "weights": files_key([source.path for source in sources]),
+        "base": files_key([source.base for source in sources if source.base]),
         "rag_config": content_key([file_key(path) for path in sorted(configs)]) if configs else None,
     }
 
 
-def _files_key(folders: Sequence[str]) -> str | None:
+def files_key(folders: Sequence[str]) -> str | None:
     """Key of weights, by size and time, and of the settings and the tokenizer beside them, by content."""
     stamps = []
     for folder in dict.fromkeys(folders):
@@ -246,6 +247,8 @@ class LoadOptions:
             Whether to run code that ships with a model.
         token (`str` or `bool`, *optional*):
             Token for private repos.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            As in [`DROConfig`].
     """
 
     dtype: str | torch.dtype = "auto"
@@ -254,11 +257,27 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     token: str | bool | None = None
+    shared_prefix: SharedPrefix = "auto"
     target: torch.device = field(init=False)
 
     def __post_init__(self):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.target = torch.device(self.device or accelerator or "cpu")
+        try:
+            self.target = torch.device(self.device or accelerator or "cpu")
+        except RuntimeError:
+            raise ValueError(f"there is no device {self.device!r}: name cpu, cuda or cuda:0, say") from None
+        if self.target.type not in ("cpu", "meta", getattr(accelerator, "type", "cpu")) or (
+            self.target.index is not None
+            and self.target.type != "cpu"
+            and self.target.index >= torch.accelerator.device_count()
+        ):
+            raise ValueError(f"device {self.device!r} is not here: leave it out, or name one that `trl-dro env` lists")
+        if (
+            isinstance(self.dtype, str)
+            and self.dtype != "auto"
+            and not isinstance(getattr(torch, self.dtype, None), torch.dtype)
+        ):
+            raise ValueError(f"there is no dtype {self.dtype!r}: name auto, float32, bfloat16 or float16")
 
     def load(self, source: RoleSource) -> PreTrainedModel:
         """The full model of a role, or the base of its adapter. Raises `ValueError` if it cannot be loaded."""
@@ -266,8 +285,9 @@ class LoadOptions:
         if self.quantization_config is not None:
             kwargs = {"quantization_config": self.quantization_config, "device_map": {"": self.target}}
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.model,
+                output_loading_info=True,
                 revision=source.revision,
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
@@ -275,8 +295,18 @@ class LoadOptions:
                 token=self.token,
                 **kwargs,
             )
-        except OSError as error:
-            raise ValueError(f"model {source.model} cannot be loaded ({first_line(error)})") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a damaged file raises in transformers, safetensors or torch
+            raise ValueError(
+                f"model {source.model} cannot be loaded ({first_line(error)}): check its files, or download it again"
+            ) from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"model {source.model} has no weights for {missing[0]} and {len(missing) - 1} others: download "
+                "it again"
+            )
         return model if self.quantization_config is not None else model.to(self.target)
 
 
@@ -301,6 +331,9 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
         `ValueError`: a model cannot be loaded, or the prompts cannot fit.
     """
     sources: dict[Role, RoleSource] = {"selector": selector, "generator": generator}
+    for source in sources.values():
+        if source.base is not None:
+            check_adapter(source.path, source.model, source.revision, options.trust_remote_code)
     # An adapter on a 4-bit or 8-bit base, or any other, keeps the precision it was saved in.
     generator_model = options.load(generator)
     shared = (selector.model, selector.revision) == (generator.model, generator.revision)
@@ -309,7 +342,14 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
         role_model = RolePair(generator_model, generator_model)
     elif shared:
         paths = {role: None if source.base is None else source.path for role, source in sources.items()}
-        role_model = put_adapters_on(generator_model, paths)
+        try:
+            role_model = put_adapters_on(generator_model, paths)
+        except (RuntimeError, TypeError, KeyError) as error:  # what PEFT meets beyond `check_adapter`
+            folders = " and ".join(path for path in paths.values() if path)
+            raise ValueError(
+                f"the adapters in {folders} do not fit {generator.model} ({first_line(error)}): name the base that "
+                "they were trained on"
+            ) from error
     else:
         role_model = RolePair(
             _with_adapter(options.load(selector), selector, "selector"),
@@ -319,15 +359,18 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     roles = Roles(role_model, trained=())
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
-    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    return RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    check_rows(rag, options.shared_prefix)
+    return rag
 
 
 def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RAGModel:
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
-    config = replace(config, num_selected=num_selected)
-    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected)
+    min_selected = min(rag.codec.min_selected, num_selected)
+    config = replace(config, num_selected=num_selected, min_selected=min_selected)
+    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
     return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
 
@@ -369,10 +412,10 @@ def _with_adapter(model: PreTrainedModel, source: RoleSource, role: Role) -> Pre
 
 def _load_tokenizer(source: RoleSource, options: LoadOptions) -> Any:
     own = (Path(source.path) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(
-        source.path if own else source.model,
-        revision=None if own else source.revision,
-        padding_side="left",
+    folder = source.path if own else source.model
+    return load_tokenizer(
+        folder,
+        None if own else source.revision,
         trust_remote_code=options.trust_remote_code,
         token=options.token,
     )

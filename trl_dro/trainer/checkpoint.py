@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +23,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..model.roles import ROLES
 
 
-def find_damage(folder: str | Path) -> str | None:
+def find_damage(folder: str | Path, weights_in: Sequence[str] = ROLES) -> str | None:
     """
     What is wrong with a checkpoint, as far as its files tell without being read in full; `None` if nothing is.
 
     Args:
         folder (`str` or `Path`):
-            Checkpoint of both roles.
+            Checkpoint.
+        weights_in (`list[str]`, *optional*, defaults to both roles):
+            Its folders that hold weights.
 
     Returns:
         `str` or `None`: one line.
@@ -37,16 +39,16 @@ def find_damage(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    for role in ROLES:
-        weights = sorted((folder / role).glob("*.safetensors"))
+    for part in weights_in:
+        weights = sorted((folder / part).glob("*.safetensors"))
         if not weights:
-            return f"{role}/ has no weights"
+            return f"{part}/ has no weights"
         for path in weights:
             try:
                 with safe_open(path, framework="pt"):  # checks the header against the file's size
                     pass
             except (OSError, SafetensorError) as error:
-                return f"{role}/{path.name} is damaged ({error})"
+                return f"{part}/{path.name} is damaged ({error})"
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -112,6 +114,7 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None  # what all processes stop for
         self.received_at = 0.0  # seconds of the monotonic clock
+        self.under_way = "this update"
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -136,9 +139,11 @@ class StopOnSignal(TrainerCallback):
             return
         self.received, self.received_at = signal.Signals(number), time.monotonic()
         # os.write, because a print that was interrupted by the signal cannot be entered again.
-        os.write(
-            2, f"\n{self.received.name}: saving a checkpoint after this update; again to exit at once.\n".encode()
-        )
+        message = f"{self.received.name}: saving a checkpoint after {self.under_way}; again to exit at once."
+        os.write(2, f"\n{message}\n".encode())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.under_way = f"update {state.global_step + 1} of {state.max_steps}"
 
     def on_step_end(self, args, state, control, **kwargs):
         agreed = self.received

@@ -7,9 +7,10 @@ from typing import Any, get_args
 import torch
 
 from .._trl_compat import _BaseConfig
-from ..model.importance import SelectorEstimator
+from ..model.importance import Sampling, SelectorEstimator
 from ..model.permutation import SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
+from ..model.self_check import SharedPrefix
 from .estimation import AnswerTarget
 from .ranges import check_numbers
 
@@ -17,9 +18,18 @@ from .ranges import check_numbers
 _CHOICES = {
     "answer_likelihood": ["sum", "mean"],
     "answer_target": list(get_args(AnswerTarget)),
+    "sampling": list(get_args(Sampling)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
+    "shared_prefix": list(get_args(SharedPrefix)),
 }
+# Settings of transformers that nothing here heeds: name, value that asks for nothing, reason.
+_IGNORED = (
+    ("label_smoothing_factor", 0.0, "DRO weighs likelihoods, and smoothed labels give none"),
+    ("neftune_noise_alpha", None, "likelihoods under noise would be noise in the importance weights"),
+    ("train_sampling_strategy", "random", "questions come in random order, block by block"),
+    ("include_num_input_tokens_seen", "no", "tokens are logged as tokens_per_second"),
+)
 
 
 @dataclass
@@ -40,6 +50,10 @@ class DROConfig(_BaseConfig):
             `selector_model` is given as a string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to load models and tokenizers that ship custom Python code from the Hub.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            Whether permutations share their prompt's tokens, which makes an update several times as fast. At the start
+            every model is tried on a few short sequences: `"auto"` shares where that is exact and warns where it is
+            not, `"always"` refuses a model for which it is not, `"never"` gives each sequence a row of its own.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Turn off all dropout, that of the adapters included. Importance weights compare likelihoods, and dropout
             would make them noise.
@@ -50,6 +64,9 @@ class DROConfig(_BaseConfig):
             Candidates shown to the selector, n: the first ones in retrieval order.
         num_selected (`int`, *optional*, defaults to `5`):
             Documents in a permutation, K.
+        min_selected (`int`, *optional*):
+            Documents from which the selector may end its permutation: then it chooses, before each further document,
+            between going on and the end. `0` lets it select none. By default it selects all K.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
             \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
@@ -76,6 +93,9 @@ class DROConfig(_BaseConfig):
 
         num_permutations (`int`, *optional*, defaults to `8`):
             Permutations sampled per question, m.
+        sampling (`str`, *optional*, defaults to `"independent"`):
+            How they are drawn: `"independent"` of each other, so that some are equal, or `"distinct"`, without
+            replacement, by stochastic beam search. Both are corrected for in the importance weights.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the sampling. Other values are corrected for in the importance weights.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -89,6 +109,9 @@ class DROConfig(_BaseConfig):
             likelihoods are summed.
         weight_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the importance weights; above 1 flattens them.
+        document_cost (`float`, *optional*, defaults to `0.0`):
+            What each selected document must be worth, \\( \lambda \\) in nats: weights are multiplied by
+            \\( \exp(-\lambda |z|) \\). For selectors that may end, see `min_selected`.
         steps_per_estimation (`int`, *optional*, defaults to `1`):
             Micro-batches that one E-step serves. `1` is incremental EM, with fresh samples for every step; `-1` is a
             whole epoch, the paper's Algorithm 1.
@@ -141,7 +164,8 @@ class DROConfig(_BaseConfig):
             A question whose answer is less likely than this under each of its permutations is counted in
             `tiny_likelihood_share`: it has little to teach.
         collapse_threshold (`float`, *optional*, defaults to `0.25`):
-            Warn once when the share of distinct permutations among those sampled falls below this.
+            Warn once when the share of distinct permutations among those sampled falls below this. With
+            `sampling="distinct"`: the share that independent draws would be expected to have.
 
     > [!NOTE]
     > These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-5, `weight_decay` 0.01 and
@@ -170,10 +194,22 @@ class DROConfig(_BaseConfig):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Turn off all dropout, that of the adapters included."}
     )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Share a prompt's tokens between permutations: where the model is shown to be exact, always (or "
+            "refuse it), or never.",
+            "choices": _CHOICES["shared_prefix"],
+        },
+    )
 
     # Prompts
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    min_selected: int | None = field(
+        default=None,
+        metadata={"help": "Documents from which the selector may end its permutation; by default it selects all K."},
+    )
     retriever_prior: float = field(
         default=0.0,
         metadata={"help": "Say of the retriever's ranking in the selector's choices; 0 is the model's choice alone."},
@@ -210,6 +246,13 @@ class DROConfig(_BaseConfig):
 
     # E-step
     num_permutations: int = field(default=8, metadata={"help": "Permutations sampled per question, m."})
+    sampling: str = field(
+        default="independent",
+        metadata={
+            "help": "How permutations are drawn: independent of each other, or distinct, without replacement.",
+            "choices": _CHOICES["sampling"],
+        },
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature, corrected for in the importance weights."}
     )
@@ -230,6 +273,9 @@ class DROConfig(_BaseConfig):
     )
     weight_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the importance weights; above 1 flattens them."}
+    )
+    document_cost: float = field(
+        default=0.0, metadata={"help": "Nats that each selected document must be worth, where min_selected is set."}
     )
     steps_per_estimation: int = field(
         default=1, metadata={"help": "Micro-batches that one E-step serves; -1 is a whole epoch (Algorithm 1)."}
@@ -292,9 +338,16 @@ class DROConfig(_BaseConfig):
         # TRL's default of bf16 is an error on a machine without an accelerator.
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to load, and torch warns
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f'chat_template_kwargs must be a dict, as `{{"enable_thinking": false}}`, not '
+                f"{self.chat_template_kwargs!r}: write one"
+            )
         for name in ("selector_template", "generator_template"):
             check_template(getattr(self, name))
             try:
@@ -306,8 +359,11 @@ class DROConfig(_BaseConfig):
                 ) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but the Hub token, as `training_args.bin` is uploaded."""
-        return {**self.__dict__, "hub_token": None}
+        """What is pickled, in `training_args.bin`: all but tokens."""
+        kwargs = self.model_init_kwargs
+        if isinstance(kwargs, dict):
+            kwargs = {name: value for name, value in kwargs.items() if "token" not in name}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": kwargs}
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, functions by their names."""
@@ -331,6 +387,12 @@ class DROConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 hint = " (num_selected)" if name == "max_candidates" else ""
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least {lowest}{hint}")
+        if self.min_selected is not None and not 0 <= self.min_selected <= self.num_selected:
+            raise ValueError(
+                f"min_selected={self.min_selected}: it must lie between 0 and num_selected={self.num_selected}"
+            )
+        if not 0 <= self.document_cost < math.inf:
+            raise ValueError(f"document_cost={self.document_cost}: it must be a finite number of at least 0")
         for name in ("selector_learning_rate", "generator_learning_rate", "collapse_threshold"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0")
@@ -360,6 +422,9 @@ class DROConfig(_BaseConfig):
             raise ValueError("train_selector and train_generator are both False: there is nothing to train")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the questions and documents: leave it False")
+        for name, neutral, reason in _IGNORED:
+            if getattr(self, name) not in (neutral, None):
+                raise ValueError(f"{name}={getattr(self, name)!r}: {reason}; leave it {neutral!r}")
         if self.answer_target == "all" and self.answer_likelihood == "mean":
             raise ValueError(
                 "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
@@ -375,6 +440,11 @@ class DROConfig(_BaseConfig):
                 raise ValueError(
                     "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
                     "or more"
+                )
+            if self.sampling == "distinct":
+                raise ValueError(
+                    "selector_estimator='vimco' needs independent permutations: set sampling='independent', or choose "
+                    "rws or rws_centered"
                 )
             if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
                 raise ValueError(

@@ -2,9 +2,9 @@
 import math
 import textwrap
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -23,6 +23,7 @@ from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import Role
 from ..model.sampling import PermutationSamples
+from ..model.self_check import check_rows
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from .dro_config import DROConfig
 from .estimation import (
@@ -34,8 +35,8 @@ from .estimation import (
     save_estimates,
     significant_permutations,
 )
-from .inputs import check_inputs, load_roles, refuse_unsupported
-from .logs import keep_permutations, permutation_rows
+from .inputs import check_inputs, load_roles, own_scores, refuse_arguments, refuse_unsupported
+from .logs import keep_permutations, permutation_rows, warn_of_collapse
 from .role_trainer import RoleTrainer
 from .schedule import EstimationDataLoader, EstimationSampler, MicroBatch, QuestionBatch
 
@@ -89,6 +90,11 @@ class DROTrainer(RoleTrainer):
             Callbacks added to the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of AdamW and a linear schedule.
+        compute_metrics (`Callable[[list[str], list[dict]], dict[str, float]]`, *optional*):
+            Scores of your own beside `em` and the others: takes the answer to each question of an evaluation and the
+            questions as they are in the dataset, and returns numbers by name, logged as `eval_{name}`.
+        unsupported:
+            Other arguments of [`~transformers.Trainer`], refused with the reason.
 
     Raises:
         `DatasetError`: a dataset is malformed; the message names row, column and cure.
@@ -126,7 +132,10 @@ class DROTrainer(RoleTrainer):
         selector_model: str | PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        compute_metrics: Callable[[list[str], list[dict[str, Any]]], dict[str, float]] | None = None,
+        **unsupported: Any,
     ):
+        refuse_arguments(unsupported)
         if args is None:
             args = DROConfig("dro-output")
         if quantization_config is not None and peft_config is None:
@@ -139,12 +148,6 @@ class DROTrainer(RoleTrainer):
         tokenizers, codec, prompts = check_inputs(
             model, selector_model, processing_class, args, train_dataset, eval_dataset
         )
-        if args.train_selector and args.num_permutations == 1:
-            warnings.warn(
-                "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
-                "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
-                stacklevel=2,
-            )
 
         self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
         self._estimated_block = -1
@@ -160,10 +163,12 @@ class DROTrainer(RoleTrainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
         )
         self.rag = RAGModel(
             self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
         )
+        check_rows(self.rag, args.shared_prefix, noiseless=args.disable_dropout)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -274,7 +279,7 @@ class DROTrainer(RoleTrainer):
         # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
         read = None
         same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
-        if same_weights and not args.gradient_checkpointing:
+        if same_weights and self.rag.keeps_prompts():
             with self._inference(gradients=True):
                 read = self.rag.read(questions)
         with self._inference():
@@ -338,7 +343,8 @@ class DROTrainer(RoleTrainer):
                 logps = self._loss_forward(role, estimate, questions, rows)
             self._usable_questions += int(counted.sum())
             kept = counted.unsqueeze(-1) & logps.isfinite()
-            loss = -(coefficients * torch.where(kept, logps, 0.0)).sum() / update_size
+            terms = self._note_terms(role, coefficients * torch.where(kept, logps, 0.0))
+            loss = -terms.sum() / update_size
             self.accelerator.backward(loss)
         # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
         self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)
@@ -372,8 +378,9 @@ class DROTrainer(RoleTrainer):
             return torch.where(kept, logps, estimate.answer_logps[rows])
 
     def _weigh(self, estimate: Estimate, selector_logps: Tensor | None = None) -> Weights:
-        args = self.args
-        return estimate.weigh(args.selector_estimator, args.weight_temperature, args.likelihood_floor, selector_logps)
+        a = self.args
+        settings = (a.selector_estimator, a.weight_temperature, a.likelihood_floor)
+        return estimate.weigh(*settings, selector_logps, a.document_cost)
 
     def _sample(
         self,
@@ -384,7 +391,8 @@ class DROTrainer(RoleTrainer):
         read: ReadPrompts | None = None,
     ) -> PermutationSamples:
         """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
-        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, seeds=seeds, read=read)
+        how: dict[str, Any] = {"seeds": seeds, "read": read, "sampling": self.args.sampling}
+        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, **how)
         if self.args.selector_likelihood == "constrained":
             return samples
         logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
@@ -402,7 +410,8 @@ class DROTrainer(RoleTrainer):
         weights = self._weigh(estimate)
         if not weights.usable.all():
             self._warn_of_unusable(weights.usable)
-        for name, values in estimate.statistics(weights, self.args.tiny_likelihood).items():
+        settings = (self.args.tiny_likelihood, self.args.sampling, self.rag.codec.may_end)
+        for name, values in estimate.statistics(weights, *settings).items():
             self._means.add_all(name, values)
         scored = (estimate.targets, estimate.samples, estimate.answer_logps, weights.generator)
         self._shown_permutations += permutation_rows(self.state.global_step + 1, questions, *scored)
@@ -413,9 +422,11 @@ class DROTrainer(RoleTrainer):
             means = self._means.pop()
             logs.update(means)
             # With few documents there are fewer permutations than samples.
-            num_possible = math.perm(self.args.max_candidates, self.args.num_selected)
-            most = min(self.args.num_permutations, num_possible)
-            self._warn_of_collapse(means.get("unique_permutations", math.inf) / most)
+            most = min(self.args.num_permutations, self.rag.codec.num_permutations(self.args.max_candidates))
+            unique = means.get("expected_unique", means.get("unique_permutations", math.inf))
+            if unique / most < self.args.collapse_threshold and not self._collapse_warned:
+                self._collapse_warned = True
+                warn_of_collapse(unique / most, self.state.global_step)
             if self._shown_permutations and self.is_world_process_zero():
                 keep_permutations(
                     self._shown_permutations,
@@ -425,16 +436,6 @@ class DROTrainer(RoleTrainer):
                     self.args.report_to,
                 )
         super().log(logs, start_time)
-
-    def _warn_of_collapse(self, unique_share: float) -> None:
-        if unique_share < self.args.collapse_threshold and not self._collapse_warned:
-            self._collapse_warned = True
-            warnings.warn(
-                f"only {unique_share:.0%} of the sampled permutations are distinct at step {self.state.global_step}: "
-                "the selector repeats itself and has little left to compare. If its recall is not yet good, raise "
-                "`temperature`, lower its learning rate, or stop it with train_selector=False.",
-                stacklevel=2,
-            )
 
     # Evaluation
 
@@ -466,6 +467,9 @@ class DROTrainer(RoleTrainer):
         self.rag.count = TokenCount()
         per_question = torch.cat(scores)  # [questions, metrics], NaN where a bound is not finite
         means = dict(zip(names, per_question.nanmean(dim=0).tolist(), strict=True))
+        if self.compute_metrics is not None:
+            score, questions = cast(Any, self.compute_metrics), cast(Dataset, dataloader.dataset)
+            means |= own_scores(score(answers, questions.to_list()), means)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(
             predictions=numpy.array(answers), label_ids=None, metrics=metrics, num_samples=len(per_question)
@@ -478,7 +482,7 @@ class DROTrainer(RoleTrainer):
         _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
         samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
-        return answers, scores | score_bounds(answer_logps, samples.correction)
+        return answers, scores | score_bounds(answer_logps, samples.correction, self.args.sampling)
 
     # What a run that resumes in the middle of a block needs of its E-step
 

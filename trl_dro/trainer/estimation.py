@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..model.importance import (
+    Sampling,
     SelectorEstimator,
     effective_sample_size,
     elbo,
+    expected_unique,
     importance_weights,
     iwae_bound,
     selector_coefficients,
@@ -172,6 +174,7 @@ class Estimate:
         temperature: float = 1.0,
         likelihood_floor: float = 0.0,
         selector_logps: Tensor | None = None,
+        document_cost: float = 0.0,
     ) -> Weights:
         r"""
         Weights of both roles' losses.
@@ -187,6 +190,8 @@ class Estimate:
             selector_logps (`Tensor` of shape `(B, m)`, *optional*):
                 \\( \log p(z_i \mid x) \\) in nats under the selector that is updated, if it was updated since the
                 E-step.
+            document_cost (`float`, *optional*, defaults to `0.0`):
+                Nats that each document of a permutation must be worth.
 
         Returns:
             [`Weights`]
@@ -201,19 +206,27 @@ class Estimate:
         question_weight = torch.ones_like(answer_logps[:, 0])
         if likelihood_floor > 0:
             question_weight = (iwae_bound(answer_logps, correction) - math.log(likelihood_floor)).sigmoid()
+        worth = answer_logps - document_cost * (self.samples.permutations > 0).sum(dim=-1)
         present = None
         if selector_logps is not None:
             present = selector_logps - self.samples.proposal_logps
-            present = torch.where(present.isfinite().all(dim=-1, keepdim=True), present, correction)
-        coefficients = selector_coefficients(answer_logps, correction, temperature, estimator, present)
+            known = present.isfinite() | correction.isneginf()  # there can be fewer permutations than samples
+            present = torch.where(known.all(dim=-1, keepdim=True), present, correction)
+        coefficients = selector_coefficients(worth, correction, temperature, estimator, present)
         return Weights(
-            importance_weights(answer_logps, correction, temperature),
+            importance_weights(worth, correction, temperature),
             question_weight.unsqueeze(-1) * coefficients,
             question_weight,
             usable,
         )
 
-    def statistics(self, weights: Weights, tiny_likelihood: float) -> dict[str, Tensor]:
+    def statistics(
+        self,
+        weights: Weights,
+        tiny_likelihood: float,
+        sampling: Sampling = "independent",
+        may_end: bool = False,
+    ) -> dict[str, Tensor]:
         """
         Quantities to log, one value per question that counts and, but for the first and last, has finite weights.
 
@@ -222,30 +235,40 @@ class Estimate:
                 Output of [`~Estimate.weigh`].
             tiny_likelihood (`float`):
                 Likelihood below which a permutation says nothing.
+            sampling (`str`, *optional*, defaults to `"independent"`):
+                How the permutations were drawn.
+            may_end (`bool`, *optional*, defaults to `False`):
+                Whether permutations can have fewer than K documents.
 
         Returns:
             `dict[str, Tensor]`: each of shape `(up to B,)`; entropies and bounds in nats.
         """
         answer_logps, correction = self._scored()
-        kept = self.counted & (answer_logps + correction).isfinite().all(dim=-1)
-        answer_logps, correction = answer_logps[kept], correction[kept]
+        missing = self.samples.proposal_logps.isposinf()  # where there are fewer permutations than samples
+        kept = self.counted & ((answer_logps + correction).isfinite() | missing).all(dim=-1)
+        answer_logps, correction, logps = answer_logps[kept], correction[kept], self.samples.logps[kept]
         unique = [len({tuple(z) for z in samples}) for samples in self.samples.permutations[self.counted].tolist()]
+        num_documents = (self.samples.permutations[kept] > 0).sum(dim=-1)
         statistics = {
             "masked_question_share": ~weights.usable[self.counted],
-            "elbo": elbo(answer_logps, correction),
+            "elbo": elbo(answer_logps, correction, sampling),
             "iwae_bound": iwae_bound(answer_logps, correction),
             "ess": effective_sample_size(weights.importance[kept]),
             "weight_entropy": weight_entropy(weights.importance[kept]),
             "question_weight": weights.question_weight[kept],
             "tiny_likelihood_share": answer_logps.amax(dim=-1) < math.log(tiny_likelihood),
             # -E_p[log p], with the samples of another proposal weighted by p/q.
-            "selector/entropy": -(correction.softmax(dim=-1) * self.samples.logps[kept]).sum(dim=-1),
+            "selector/entropy": -(correction.softmax(dim=-1) * logps).sum(dim=-1),
             "unique_permutations": torch.tensor(unique),
         }
+        if may_end:
+            statistics["selector/documents"] = (correction.softmax(dim=-1) * num_documents).sum(dim=-1)
         if self.significant is not None:
             left_out = ~self.significant[1][self.counted]
             statistics["generator/skipped_share"] = left_out.float().mean(dim=-1)
             statistics["generator/skipped_weight"] = (left_out * weights.importance[self.counted]).sum(dim=-1)
+        if sampling == "distinct":
+            statistics["expected_unique"] = expected_unique(logps, correction)
         return statistics
 
     def _scored(self) -> tuple[Tensor, Tensor]:

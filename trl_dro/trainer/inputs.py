@@ -1,18 +1,20 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A run's models, tokenizers and data by its config, and whatever can be wrong with them before weights are loaded."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from ..data.schema import validate_dataset
 from ..model.codec import PermutationCodec
-from ..model.loading import context_length, prepare_tokenizer
+from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
 from ..model.prompts import PromptBuilder, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention
@@ -52,6 +54,12 @@ def check_inputs(
         `DatasetError`: a dataset is malformed.
         `ValueError`: something cannot fit, or settings cannot work together.
     """
+    if args.train_selector and args.num_permutations == 1:
+        warnings.warn(
+            "num_permutations=1 makes every importance weight 1: the expected gradient of the selector is zero "
+            "and its updates are noise at best. Set num_permutations to 2 or more, or train_selector=False.",
+            stacklevel=3,
+        )
     datasets: dict[str, Any] = {}  # by the names that errors call them
     if train_dataset is not None or eval_dataset is None:
         datasets["train_dataset"] = train_dataset
@@ -62,7 +70,7 @@ def check_inputs(
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)
-    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected)
+    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected, args.min_selected)
     context = context_length(model, generator_revision(args), args.trust_remote_code)
     contexts: dict[Role, int | None] = {"selector": context, "generator": context}
     if selector_model is not None:
@@ -102,17 +110,14 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
     Raises:
         `ValueError`: a model instance does not say where it came from.
     """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"model must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if not source:
         raise ValueError(
             "the model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`"
         )
-    return AutoTokenizer.from_pretrained(
-        source,
-        revision=revision,
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
+    return load_tokenizer(source, revision, trust_remote_code=args.trust_remote_code)
 
 
 def generator_revision(args: DROConfig) -> str | None:
@@ -159,7 +164,7 @@ def load_roles(
     cast_adapters_for_quantized_base(roles)
     if args.disable_dropout:
         disable_dropout(role_model)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or any(roles.is_checkpointed(role) for role in ROLES):
         roles.enable_input_require_grads()
     return roles
 
@@ -200,11 +205,16 @@ def load_model(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns off dropout for good: that of modules, and the functional one of attention layers."""
+    """
+    Turns off dropout for good: that of modules, the functional one whose rate is a module's or a config's attribute,
+    dropped layers, and the jitter of routers.
+    """
     disable_dropout_in_model(model)
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    configs = {id(module.config): module.config for module in model.modules() if "config" in vars(module)}
+    for holder in (*model.modules(), *configs.values()):
+        for name, value in vars(holder).items():
+            if type(value) is float and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def refuse_unsupported(args: DROConfig) -> None:
@@ -213,10 +223,47 @@ def refuse_unsupported(args: DROConfig) -> None:
     DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
     only.
     """
-    check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
+    if args.shared_prefix != "never":
+        check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
     if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise ValueError(
             "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
             "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
             "load_in_4bit for a base that does not fit"
         )
+
+
+# Arguments of transformers' Trainer that have no meaning here, and why.
+_REFUSED = {
+    "data_collator": "questions become prompts in the E-step, there is nothing to collate",
+    "model_init": "pass `model`, and `selector_model` or `peft_config` for the second role",
+    "compute_loss_func": "the losses are the M-step's; set selector_estimator, answer_likelihood or likelihood_floor",
+    "preprocess_logits_for_metrics": "evaluation scores generated answers; pass `compute_metrics`",
+    "tokenizer": "it is called `processing_class`",
+}
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason."""
+    for name, value in arguments.items():
+        if value is not None or name not in _REFUSED:
+            raise TypeError(f"DROTrainer takes no `{name}`: {_REFUSED.get(name, 'see its documentation')}")
+
+
+def own_scores(scores: Any, others: Mapping[str, float]) -> dict[str, float]:
+    """
+    What a user's `compute_metrics` returned, as floats.
+
+    Raises:
+        `ValueError`: it is no dict of numbers, or has a name that is taken.
+    """
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"compute_metrics returned {type(scores).__name__}: it must return a dict of numbers")
+    for name, score in scores.items():
+        if name in others:
+            raise ValueError(f"compute_metrics returned {name!r}, which the trainer computes itself: rename it")
+        try:
+            float(score)
+        except (TypeError, ValueError):
+            raise ValueError(f"compute_metrics returned {name}={score!r}: it must be a number") from None
+    return {str(name): float(score) for name, score in scores.items()}

@@ -3,7 +3,9 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
 
 from ..data.storage import write_whole
 from ..model.codec import PermutationCodec
@@ -100,6 +103,11 @@ def permutation_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _heading(document: dict[str, Any]) -> str:
+    """What a document is called: its title, its id, or how it begins."""
+    return document.get("title") or document.get("id") or textwrap.shorten(document["text"], 40, placeholder=" …")
+
+
 def permutation_rows(
     step: int,
     questions: Sequence[dict[str, Any]],
@@ -135,7 +143,7 @@ def permutation_rows(
             "question": question_text(question["question"]),
             "answer": target[0],
             "permutation": PermutationCodec.text(permutation),
-            "titles": [question["documents"][i - 1].get("title") or "" for i in permutation],
+            "titles": [_heading(question["documents"][i - 1]) for i in permutation if i],
             "logp": logp,
             "answer_logp": answer_logp,
             "weight": weight,
@@ -176,6 +184,67 @@ def keep_permutations(
         save_permutations(rows, output_dir, report_to)
     else:
         save_permutations(rows[: QUESTIONS_PER_LOG * num_permutations], output_dir, [])
+
+
+def warn_of_collapse(unique_share: float, step: int) -> None:
+    """Warns that few of the sampled permutations, this share of them, are distinct at an update."""
+    warnings.warn(
+        f"only {unique_share:.0%} of the sampled permutations are distinct at step {step}: the selector repeats "
+        "itself and has little left to compare. If its recall is not yet good, raise `temperature`, lower its "
+        "learning rate, or stop it with train_selector=False.",
+        stacklevel=3,
+    )
+
+
+class LogLine(PrinterCallback):
+    """Prints what matters of each log in one line; all of it is in `log_history.jsonl`."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero and logs:
+            print(log_line(logs, state.global_step, state.max_steps), flush=True)
+
+
+class LogLineAboveProgress(ProgressCallback):
+    """The same above a progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(log_line(logs, state.global_step, state.max_steps))
+
+
+def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
+    """
+    What matters of a log in one readable line.
+
+    Args:
+        logs (`dict[str, float]`):
+            What the trainer logs: means of training, scores of an evaluation, or totals at the end.
+        step (`int`):
+            Update, from 1.
+        max_steps (`int`):
+            Updates of the run.
+
+    Returns:
+        `str`
+    """
+    if "loss" in logs:
+        start = f"update {step} of {max_steps}"
+        shown = {"loss": ("loss", "{:.3f}"), "iwae_bound": ("bound", "{:.2f} nats"), "ess": ("ESS", "{:.1f}")}
+        shown |= {"unique_permutations": ("distinct", "{:.1f}"), "grad_norm": ("gradient", "{:.2g}")}
+        shown |= {"learning_rate": ("rate", "{:.1e}"), "skipped_update_share": ("left out", "{:.0%}")}
+        logs = {name: value for name, value in logs.items() if name != "skipped_update_share" or value}
+    elif "eval_em" in logs:
+        start = f"evaluation at update {step}"
+        shown = {"eval_em": ("EM", "{:.1%}"), "eval_f1": ("F1", "{:.1%}")}
+        recalls = [name for name in logs if name.startswith("eval_recall@")]
+        shown |= {name: (name.removeprefix("eval_").capitalize(), "{:.1%}") for name in recalls}
+        shown |= {"eval_iwae_bound": ("bound", "{:.2f} nats")}
+    elif "train_runtime" in logs:
+        return f"trained for {logs['train_runtime']:.0f} s"
+    else:
+        return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+    parts = [f"{label} {form.format(logs[name])}" for name, (label, form) in shown.items() if name in logs]
+    return f"{start}: {', '.join(parts)}"
 
 
 def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table:

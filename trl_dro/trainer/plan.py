@@ -28,6 +28,9 @@ PASSAGE_TOKENS, FRAME_TOKENS, ID_TOKENS = 160, 150, 5
 # What a run's hours are told for: 40% of the peak of a card of 24 GB, a sixth of an A100's. Time goes in proportion.
 SUSTAINED_FLOPS = 5e13
 
+# With --use_cpu: two to four cores.
+SUSTAINED_CPU_FLOPS = 1e11
+
 # Questions whose tokens are counted: the longest ones for what must fit, others for the mean.
 COUNTED_QUESTIONS = 200
 
@@ -248,18 +251,19 @@ def make_plan(
             "update",
             f"{per_update:,} questions, {args.num_permutations} permutations each: {per_update_tokens:,} tokens",
         ),
-        ("work of an update", f"{per_update * flops_per_question / 1e15:,.2f} PFLOP"),
+        ("work of an update", _operations(per_update * flops_per_question)),
     ]
     flops = None
     if num_questions is not None:
         updates, blocks, visits = _count_steps(args, num_questions, num_processes)
         flops = visits * flops_per_question
-        hours = flops / num_processes / SUSTAINED_FLOPS / 3600
+        device, sustained = ("process", SUSTAINED_CPU_FLOPS) if args.use_cpu else ("device", SUSTAINED_FLOPS)
+        time = _duration(flops / num_processes / sustained)
         rows += [
             ("questions", f"{num_questions:,} to train on, {num_eval:,} to evaluate on"),
             ("run", f"{updates:,} updates, {blocks:,} E-steps"),
-            ("work of the run", f"{flops / 1e18:,.2f} EFLOP, evaluation left out"),
-            ("time of the run", f"{hours:,.1f} h if each device sustains {SUSTAINED_FLOPS / 1e12:.0f} TFLOP/s"),
+            ("work of the run", f"{_operations(flops)}, evaluation left out"),
+            ("time of the run", f"{time} if each {device} sustains {sustained / 1e12:g} TFLOP/s"),
         ]
     return Plan(rows, memory, flops)
 
@@ -336,6 +340,20 @@ def _describe_models(models: Models) -> str:
 
 def _name(config: PreTrainedConfig) -> str:
     return config.name_or_path or config.model_type
+
+
+def _operations(number: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number / 1e9:,.2f} GFLOP"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _range(values: tuple[float, int]) -> str:

@@ -5,7 +5,6 @@ to stop between two updates."""
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,26 +13,22 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from .._trl_compat import _BaseTrainer
+from ..data.resumable import questions_key
+from ..data.storage import content_key
 from ..model.roles import ROLES, Role, Roles
 from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
-from .checkpoint import (
-    StopOnSignal,
-    find_checkpoints,
-    find_damage,
-    put_in_place,
-    remove_leftovers,
-    staging_folder,
-)
+from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
-from .logs import RunningMeans
+from .logs import LogLine, LogLineAboveProgress, RunningMeans
+from .run import Identity, RunTrainer
 
 
 logger = get_logger(__name__)
@@ -46,8 +41,19 @@ _SHOWN_SETTINGS = (
     *("max_steps", "lr_scheduler_type", "seed"),
 )
 
+# What a run is known by: another value makes it another run. Others, such as its length or how a batch is spread over
+# processes, may change when it is resumed.
+_IDENTIFYING_SETTINGS = (
+    *("num_selected", "max_candidates", "num_permutations", "selector_template", "generator_template"),
+    *("max_prompt_length", "max_document_length", "answer_target", "answer_likelihood", "selector_likelihood"),
+    *("selector_estimator", "temperature", "top_p", "weight_temperature", "likelihood_floor", "negligible_weight"),
+    *("train_selector", "train_generator", "shuffle_candidates", "maximization_epochs", "learning_rate"),
+    *("selector_learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm", "optim"),
+    *("lr_scheduler_type", "seed", "data_seed"),
+)
 
-class RoleTrainer(_BaseTrainer):
+
+class RoleTrainer(RunTrainer, _BaseTrainer):
     """
     Trainer of a module made by [`~roles.prepare_role_model`].
 
@@ -69,9 +75,9 @@ class RoleTrainer(_BaseTrainer):
         self.roles = roles
         self.tokenizers = tokenizers
         self._usable_questions = 0  # of the update under way
+        self._moved_roles: set[Role] = set()  # by its losses
         self._last_rows: list[int] = []
         self._skipped_updates = 0  # in a row
-        self._staging: Path | None = None
         super().__init__(model=roles.model, processing_class=tokenizers["generator"], **kwargs)
         # Asked here, because Trainer counts one where a model is spread over all.
         if self.args.n_gpu > 1:
@@ -80,9 +86,10 @@ class RoleTrainer(_BaseTrainer):
                 "visible with CUDA_VISIBLE_DEVICES"
             )
         self._means = RunningMeans(self.accelerator)
-        self._stop = StopOnSignal(self.accelerator)
-        self.add_callback(self._stop)
         self.add_callback(LogHistory())
+        for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
+            if self.pop_callback(usual) is not None:
+                self.add_callback(readable)
 
     # Optimization
 
@@ -115,13 +122,26 @@ class RoleTrainer(_BaseTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_gradients(self) -> None:
-        """Logs the norm of each role's gradient, and leaves out an update that could only do harm."""
+        """
+        Logs the norm of each role's gradient, and leaves out an update that could only do harm.
+
+        Raises:
+            `RuntimeError`: a role has a loss and no gradient at all.
+            `FloatingPointError`: too many updates in a row were left out.
+        """
         scaler = self.accelerator.scaler  # of fp16 alone, which leaves out such updates by itself
         scale = 1.0 if scaler is None else scaler.get_scale()
         norms = {}
         for role in self.roles.trained:
             gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
             norms[role] = nn.utils.get_total_norm(gradients) / scale
+            # In fp16 a gradient may be too small for its dtype.
+            if scaler is None and role in self._moved_roles and norms[role] == 0:
+                raise RuntimeError(
+                    f"update {self.state.global_step + 1}: the {role} has a loss and no gradient, so that it would "
+                    "never learn: its weights are frozen, quantized or not used by its forward"
+                )
+        self._moved_roles.clear()
         usable = torch.tensor(float(self._usable_questions), device=self.args.device)
         usable = self.accelerator.reduce(usable, reduction="sum")
         self._usable_questions = 0
@@ -144,6 +164,12 @@ class RoleTrainer(_BaseTrainer):
                 f"{self._skipped_updates} updates in a row were not finite (last questions: {shown}): lower the "
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
+
+    def _note_terms(self, role: Role, terms: Tensor) -> Tensor:
+        """Notes whether a role's loss has terms, weighted log-probabilities, that are not zero; returns them."""
+        if bool((terms.detach().abs() > 1e-6).any()):
+            self._moved_roles.add(role)
+        return terms
 
     def _warn_of_unusable(self, usable: Tensor) -> None:
         rows = [self._last_rows[i] for i in (~usable).nonzero().flatten().tolist()]
@@ -193,7 +219,10 @@ class RoleTrainer(_BaseTrainer):
         """Gradients are averaged over processes once, in the last role's backward."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
-    # Saving, loading, stopping
+    # Saving and loading
+
+    weights_in = ROLES
+    how_to_resume = "continue with resume_from_checkpoint=True"
 
     def train(
         self,
@@ -201,109 +230,77 @@ class RoleTrainer(_BaseTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """
-        Trains, see [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest checkpoint that is
-        whole. SIGTERM or Ctrl-C ends training after the current update with a checkpoint and exits.
-
-        Raises:
-            `ValueError`: the checkpoint to resume from is missing or damaged.
-            `SystemExit`: the process was asked to stop, and its checkpoint is saved.
-        """
-        if self.args.should_save:
-            remove_leftovers(self.args.output_dir)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        """Trains, see [`~run.RunTrainer.train`]."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a `train_dataset`")
         self._skipped_updates = 0
-        with self._stop.installed():
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if self._stop.received is not None:  # after the last update: nothing is left to stop here
-            os.kill(os.getpid(), self._stop.received)
-        return output
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        stopped_by = self._stop.agreed
-        if stopped_by is None:
-            return super()._finalize_training(trial, num_train_samples, start_time)
-        # Trainer would now load the best checkpoint, and remove the one just saved if only the best is kept.
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+    def identity(self) -> Identity:
+        """Settings that decide what is learned, the training questions, and the frozen bases."""
+        settings = {name: getattr(self.args, name) for name in _IDENTIFYING_SETTINGS}
+        settings = {name: value.__qualname__ if callable(value) else value for name, value in settings.items()}
+        return {**settings, "train_dataset": questions_key(self.train_dataset), "base": self._base_key()}
+
+    def _base_key(self) -> str:
+        """Key of the frozen bases, which some of their embeddings tell apart, in whatever precision they are held."""
+        samples = []
+        for role in ROLES:
+            module = self.roles.module(role)
+            if isinstance(module, PeftModel):
+                base: Any = module.get_base_model()
+                weight = base.get_input_embeddings().weight.detach().flatten()
+                samples.append(weight[:: max(1, len(weight) // 1000)].bfloat16().float().tolist())
+        return content_key(samples)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Uploads the system, see [`~upload.upload_system`] for what that is and [`~transformers.Trainer.push_to_hub`]
+        for arguments; `kwargs` go to [`~RoleTrainer.create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:  # called though args.push_to_hub is False
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": str(self.hub_model_id).rpartition("/")[2], **kwargs})
         self._finish_current_push()
-        if self.is_world_process_zero():
-            print(
-                f"Stopped by {stopped_by.name} after update {self.state.global_step}. The checkpoint is in "
-                f"{self.args.output_dir}: continue with resume_from_checkpoint=True.",
-                flush=True,
-            )
-        # A launcher signals the other processes as soon as one exits.
-        self.accelerator.wait_for_everyone()
-        raise SystemExit(128 + int(stopped_by))
-
-    def _whole_checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        if isinstance(resume_from_checkpoint, str):
-            if damage := find_damage(resume_from_checkpoint):
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {damage}; name an older checkpoint")
-            return resume_from_checkpoint
-        for checkpoint in find_checkpoints(self.args.output_dir):
-            damage = find_damage(checkpoint)
-            if damage is None:
-                return str(checkpoint)
-            logger.warning(f"{checkpoint} is passed over: {damage}.")
-        raise ValueError(
-            f"{self.args.output_dir} has no whole checkpoint to resume from: train without resume_from_checkpoint"
-        )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # Trainer._save_checkpoint writes where this points: beside the run's checkpoints until all is written.
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = staging_folder(checkpoint)
-        written = staging / checkpoint.name
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self.state.best_model_checkpoint == str(written):
-                    self.state.best_model_checkpoint = str(checkpoint)
-                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                put_in_place(written, checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            older = next((str(path) for path in find_checkpoints(checkpoint.parent)), "no older one is left")
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OSError(
-                f"checkpoint {checkpoint} could not be written ({reason}): free space or mend the disk, then resume "
-                f"with resume_from_checkpoint=True (newest: {older})"
-            ) from error
-        finally:
-            self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(checkpoint)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(checkpoint.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
+        revision = revision or self.args.hub_revision
+        message = commit_message or "End of training"
+        return upload_system(str(self.args.output_dir), str(self.hub_model_id), message, token, revision, blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None:  # not before the folder is in its place
+        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if self.is_world_process_zero():
-            # Trainer copies the files that a single model has.
-            for role in ROLES:
-                shutil.copytree(Path(checkpoint_folder) / role, Path(self.args.output_dir) / role, dirs_exist_ok=True)
-            self._save_what_belongs_to_the_run(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder, repo, token = Path(str(self.args.output_dir)), str(self.hub_model_id), self.args.hub_token
+        for role in ROLES:
+            shutil.copytree(Path(checkpoint_folder) / role, folder / role, dirs_exist_ok=True)
+        self._save_what_belongs_to_the_run(folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [upload_system(folder, repo, message, token, self.args.hub_revision, blocking=False)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            every = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+            place = Path(checkpoint_folder).name if every else "last-checkpoint"
+            revision = self.args.hub_revision
+            jobs.append(upload_checkpoint(checkpoint_folder, place, repo, message, token, revision))
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Examples from which SFT warms up the two roles before DRO, in the very tokens that DRO uses."""
 
+import hashlib
 import os
 import random
 import re
@@ -137,3 +138,13 @@ def generator_examples(records: Iterable[Record], prompts: PromptBuilder) -> Dat
 
 def _example(prompt: list[int], completion: list[int]) -> dict[str, list[int]]:
     return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
+
+
+def examples_key(examples: Dataset) -> str:
+    """Key of what is learned: token ids and which of them count."""
+    digest = hashlib.sha256()
+    for batch in examples.with_format("arrow").iter(batch_size=1000):
+        for column in ("input_ids", "completion_mask"):
+            values = batch[column].combine_chunks()
+            digest.update(values.value_lengths().to_numpy().tobytes() + values.flatten().to_numpy().tobytes())
+    return digest.hexdigest()
