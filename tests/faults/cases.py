@@ -342,8 +342,8 @@ def yaml_values() -> Iterator[Case]:
     def make(text, world, tmp):
         path = tmp / "settings.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        flags = world.train_flags(tmp / "out", **{text.partition(b":")[0].decode(): None} if isinstance(text, bytes)
-                                  else {text.partition(":")[0]: None})  # fmt: skip
+        name = text.decode("latin-1") if isinstance(text, bytes) else text
+        flags = world.train_flags(tmp / "out", **{name.partition(":")[0]: None})
         return ["train", *flags, "--dataset_name", str(world.records_file), "--config", str(path)]
 
     values = ["[1, 2]", "{a: 1}", "text", "null", "1.5", "true", ".nan", "2020-01-01", "''", "[[1]]"]

@@ -28,7 +28,7 @@ SAMPLE = [
     *(case for case in leftovers() if case.name == "deep"),
 ]
 # Cases of settings whose checks are not complete.
-OPEN = ("learning_rate", "temperature", "results (evaluate)", "baseline (evaluate)", "log_history.jsonl")
+OPEN = ("learning_rate", "temperature")
 
 
 def test_bad_inputs_end_in_one_line_that_names_what_is_wrong(world):

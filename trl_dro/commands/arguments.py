@@ -228,6 +228,8 @@ class Parser(TrlParser):
         except yaml.MarkedYAMLError as error:
             mark: Any = error.problem_mark
             self.error(f"{mark.name}, line {mark.line + 1}: is no YAML ({error.problem}): write `setting: value`")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"the config file is no YAML ({one_line(error)}): write `setting: value`")
         except (OSError, TypeError, ValueError) as error:
             self.error(one_line(error))
 
@@ -363,7 +365,9 @@ def check_range(args: Any, names: Iterable[str], lowest: float, highest: float =
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line; of an error of the system, the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the space left"
     return " ".join(str(error).split()) or type(error).__name__
 
 

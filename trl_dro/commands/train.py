@@ -94,6 +94,10 @@ class TrainArguments(LaunchArguments):
             raise ValueError("--questions and --corpus go together: questions need a corpus to retrieve from")
         if self.questions and self.dataset_name:
             raise ValueError("--dataset_name has candidates already: leave out --questions and --corpus")
+        if self.eval_questions and not self.questions:
+            raise ValueError(
+                "--eval_questions go with --questions and --corpus; of a dataset pass --dataset_test_split"
+            )
         if not (self.questions or self.dataset_name or self.dry_run):
             raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
         check_range(self, ["max_eval_questions"], 1)

@@ -166,7 +166,8 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
             warm_up_role(sft_args, known_by, make)
         if sft_args.should_save:
             names = {each.name for each in fields(RAGConfig)}
-            RAGConfig(**{name: value for name, value in vars(args).items() if name in names}).save(folder)
+            set_here = {name: value for name, value in vars(args).items() if name in names and value is not None}
+            RAGConfig(**set_here).save(folder)
             if pushes:
                 name = sft_args.hub_model_id or folder.resolve().name
                 repo = HfApi().create_repo(name, token=token, private=sft_args.hub_private_repo, exist_ok=True)

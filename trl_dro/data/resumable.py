@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from .lines import parse_json, read_json_object
 from .storage import alone_in, content_key, different, write_whole
 
 
@@ -116,7 +117,7 @@ def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> boo
     claimed = folder / SETTINGS_FILE
     if not claimed.is_file():
         raise ValueError(f"{folder} has results without {SETTINGS_FILE}: name another output_dir")
-    before = json.loads(claimed.read_text(encoding="utf-8"))
+    before = read_json_object(claimed)
     if difference := different(before, settings):
         raise ValueError(f"{folder} holds results with {difference}: name another output_dir, or delete that folder")
     return True
@@ -132,4 +133,15 @@ def _whole_lines(path: Path) -> list[Row]:
         with open(path, "rb+") as file:
             file.truncate(len(whole))
     # str.splitlines would also split at U+2028 and U+0085, which may stand in a question.
-    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            row = parse_json(line.decode())
+            if not isinstance(row, dict) or not isinstance(row.get("row"), int):
+                raise ValueError("it is no object with a row")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: is damaged ({error}); delete that folder, or name another output_dir"
+            ) from None
+        rows.append(row)
+    return rows

@@ -240,6 +240,10 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
     if not chunk:
         raise DatasetError("there are no records to build a dataset from; check the file or filter they come from")
     for row, record in enumerate(chunk):
+        if not isinstance(record, Mapping) or "question" not in record:
+            raise DatasetError(
+                f"row {row}: must be a dict with a question, not {_show(record)}; write one for each row"
+            )
         for position, candidate in enumerate(record.get("documents") or []):
             if not isinstance(candidate, Mapping):
                 raise DatasetError(

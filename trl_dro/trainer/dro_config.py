@@ -343,6 +343,11 @@ class DROConfig(_BaseConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f'chat_template_kwargs must be a dict, as `{{"enable_thinking": false}}`, not '
+                f"{self.chat_template_kwargs!r}: write one"
+            )
         for name in ("selector_template", "generator_template"):
             check_template(getattr(self, name))
             try:

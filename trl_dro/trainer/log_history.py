@@ -97,7 +97,7 @@ def read_lines(path: Path) -> list[Logged]:
             line = json.loads(text)
             if not isinstance(line["step"], int):
                 raise TypeError("step is no number")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}, line {number}, is damaged ({reason}): delete or mend the line") from None
         lines.append(line)
