@@ -125,8 +125,8 @@ def test_a_run_is_executed_once_for_all_experiments_and_calls(tmp_path, monkeypa
         rows = learning.run_all(experiments, size, 1, 0, tmp_path)
     assert sorted(executed) == sorted(
         ["joint", "w/o selector", "w/o generator", "SFT only", "decoupled", "decoupled, documents labelled"]
-        + ["rws", "vimco", "distinct", "rws_centered, m=2", "rws, m=2", "mean likelihood", "T=0.7", "T=0.7, not corrected"]
-        + ["E-step per 4 updates", "E-step per iteration (Algorithm 1)"]
+        + ["rws", "vimco", "distinct", "rws_centered, m=2", "rws, m=2", "mean likelihood", "T=0.7"]
+        + ["T=0.7, not corrected", "E-step per 4 updates", "E-step per iteration (Algorithm 1)"]
     )
     counts = Counter((r["experiment"], r["setting"]) for r in rows)
     assert counts["iterations", "joint"] == counts["estimators", "rws_centered"] == 6
