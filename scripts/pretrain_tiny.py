@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_dro.data import synthetic
+from trl_dro.demo import world as synthetic
 from trl_dro.demo.world import Entity, Fact, Relation, ask, draw_description, draw_entities, state
 
 

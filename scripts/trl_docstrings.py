@@ -103,7 +103,7 @@ def _inline(text: str, obj: griffe.Object) -> str:
 def _link(name: str, short: bool, obj: griffe.Object) -> str:
     """A link to a name of ours, from the package, a room of it or the module of `obj`; other names are only shown."""
     shown = f"<code>{name.rsplit('.', 1)[-1] if short else name}</code>"
-    rooms = [member for member in obj.package.members.values() if member.is_module]
+    rooms = [member for member in obj.package.members.values() if not member.is_alias and member.is_module]
     for module in (obj.package, obj.module, *rooms):
         target: griffe.Object | griffe.Alias = module
         try:

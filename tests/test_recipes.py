@@ -61,7 +61,7 @@ def test_every_recipe_dry_runs_with_data_and_with_none(recipe, hub_cache, tmp_pa
 
     shown = dry_run(monkeypatch, capsys, recipe)
     peak = re.search(r"at most *│ *([\d.]+) │", shown)[1]
-    work = re.search(r"work of an update *│ *([\d.]+ PFLOP)", shown)[1]
+    work = re.search(r"work of an update *│ *([\d.,]+ [GTPE]?FLOP)", shown)[1]
     header = " ".join(recipe.read_text().replace("# ", " ").split())
     assert f"At most {float(peak):.1f} GiB" in header and f"{work} per update" in header
     assert "Only the dry run was run: no GPU" in header

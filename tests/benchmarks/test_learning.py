@@ -140,7 +140,7 @@ def test_runs_are_told_apart_by_all_that_changes_them(monkeypatch):
     size = learning.Size()
     settings = [setting for settings in learning.all_experiments(size).values() for setting in settings]
     joint = [s.name for s in settings if learning.run_id(s, size, 0, 0) == learning.run_id(settings[0], size, 0, 0)]
-    assert joint == ["joint", "rws_centered", "permutations, single-hop", "top 10"]
+    assert joint == ["joint", "rws_centered", "permutations, single-hop", "top 10", "all K documents"]
     ids = {learning.run_id(settings[0], s, w, seed) for s in (size, learning.QUICK) for w in (0, 1) for seed in (0, 1)}
     assert len(ids) == 8
 
