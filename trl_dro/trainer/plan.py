@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..model.codec import PermutationCodec
 from ..model.prompts import PromptBuilder
-from ..model.roles import ROLES, Role
+from ..model.roles import ROLES, Role, Roles
 from . import cost
 from .dro_config import DROConfig
 from .schedule import EstimationSampler
@@ -202,35 +202,8 @@ def make_plan(
 
     largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
     mean = work(lengths.selector_prompt[0], lengths.generator_row[0])
-    together = batch
-    if args.max_tokens_per_forward is not None:
-        most = max(largest.tokens(role) for role in ROLES)
-        together = max(1, min(batch, args.max_tokens_per_forward // most))
+    memory = _memory(models, args, roles, shapes, largest, num_processes)
 
-    # Memory
-    half = args.bf16 or args.fp16 or models.dtype.itemsize == 2
-    memory = {
-        **cost.weight_bytes(roles, models.quantized),
-        **cost.training_bytes(roles, str(getattr(args.optim, "value", args.optim)), models.quantized, num_processes),
-    }
-    itemsize = 2 if half else 4
-    steps = {
-        role: cost.role_step_bytes(shapes[role], role, largest, together, itemsize, models.dtype.itemsize, full)
-        for role in trained
-    }
-    cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
-    if not args.gradient_checkpointing and once and len(trained) == 2:
-        # The selector's graph is held while the generator's is built.
-        memory["activations"] = sum(step["activations"] for step in steps.values()) + cache
-        memory["logits"] = sum(step["logits"] for step in steps.values())
-    else:
-        peak = max(steps.values(), key=lambda step: sum(step.values()))
-        memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
-
-    if half:
-        memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
-
-    # Work
     parameters = cost.role_parameters(roles)
     per_update = batch * num_processes * args.gradient_accumulation_steps
     equivalents = {
@@ -266,6 +239,45 @@ def make_plan(
             ("time of the run", f"{time} if each {device} sustains {sustained / 1e12:g} TFLOP/s"),
         ]
     return Plan(rows, memory, flops)
+
+
+def _memory(
+    models: Models,
+    args: DROConfig,
+    roles: Roles,
+    shapes: dict[Role, cost.Shape],
+    largest: cost.Work,
+    num_processes: int,
+) -> dict[str, float]:
+    """Bytes on each device by what they are for, when questions as long as the longest are computed together."""
+    together = args.per_device_train_batch_size
+    if args.max_tokens_per_forward is not None:
+        together = max(1, min(together, args.max_tokens_per_forward // max(largest.tokens(role) for role in ROLES)))
+    half = args.bf16 or args.fp16 or models.dtype.itemsize == 2
+    trained = roles.trained
+    memory: dict[str, float] = {
+        **cost.weight_bytes(roles, models.quantized),
+        **cost.training_bytes(roles, str(getattr(args.optim, "value", args.optim)), models.quantized, num_processes),
+    }
+    itemsize = 2 if half else 4
+    steps = {
+        role: cost.role_step_bytes(
+            shapes[role], role, largest, together, itemsize, models.dtype.itemsize, models.peft_config is None
+        )
+        for role in trained
+    }
+    cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
+    if not args.gradient_checkpointing and largest.estimates_serve_once and len(trained) == 2:
+        # The selector's graph is held while the generator's is built.
+        memory["activations"] = sum(step["activations"] for step in steps.values()) + cache
+        memory["logits"] = sum(step["logits"] for step in steps.values())
+    else:
+        peak = max(steps.values(), key=lambda step: sum(step.values()))
+        memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
+
+    if half:
+        memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
+    return memory
 
 
 def _count_steps(args: DROConfig, num_questions: int, num_processes: int) -> tuple[int, int, int]:
