@@ -192,3 +192,8 @@ def test_permutations_of_every_length_round_trip(kind):
         codec.encode([1, 2, 3, 4])
     with pytest.raises(ValueError, match="min_selected=4 must lie between 0 and num_selected, 3"):
         PermutationCodec(word_level_tokenizer(), 12, 3, 4)
+
+
+def test_the_retrievers_prior_is_one_over_the_rank_to_the_power_of_its_strength():
+    weights = torch.tensor(retriever_logits([3, 1, 2], strength=2.0)).exp()
+    torch.testing.assert_close(weights, torch.tensor([1 / 9, 1.0, 1 / 4]))
