@@ -56,6 +56,7 @@ from trl_dro.trainer.estimation import draw, reordered
 from trl_dro.trainer.schedule import MicroBatch
 
 
+EVALUATION = ("eval_split", "evaluate_on", "eval_questions", "bound_permutations", "oracle")  # no part of training
 MOST_PERMUTATIONS = 100  # whose probabilities are kept for the curve of the retriever's prior
 ARMS = ("warm_start", "sft", "joint", "without_selector", "without_generator", "decoupled")
 
@@ -107,6 +108,7 @@ class Settings:
     selector_learning_rate: float = setting(3e-4, "Selector's learning rate.")
     generator_learning_rate: float = setting(3e-4, "Generator's learning rate.")
     num_permutations: int = setting(4, "Permutations per question, m.")
+    sampling: str = setting("independent", "As in DROConfig.")
     selector_estimator: str = setting("rws_centered", "As in DROConfig.")
     answer_target: str = setting("first", "As in DROConfig.")
     answer_likelihood: str = setting("sum", "As in DROConfig.")
@@ -121,9 +123,9 @@ class Settings:
                 raise SystemExit(f"--{name} {getattr(self, name)}: choose {' or '.join(allowed)}")
 
     def of_arm(self, arm: str) -> dict[str, Any]:
-        """All that decides what a run of this arm gives, but the seed."""
+        """All that decides what training this arm gives, but the seed."""
         values = asdict(self)
-        for name in ("out", "arms", "seeds", "lengths", "use_cpu", "save_every", "questions_per_forward"):
+        for name in ("out", "arms", "seeds", "lengths", "use_cpu", "save_every", "questions_per_forward", *EVALUATION):
             del values[name]
         if arm == "warm_start":  # is the same whatever follows
             for item in fields(self)[[f.name for f in fields(self)].index("updates") :]:
@@ -225,19 +227,30 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Of its training, which every evaluation starts from."""
         return Path(self.settings.out) / "runs" / self.id
+
+    @property
+    def name(self) -> str:
+        values = json.dumps([getattr(self.settings, name) for name in EVALUATION])
+        return f"{self.id}/{self.settings.evaluate_on}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+    @property
+    def evaluation(self) -> Path:
+        return Path(self.settings.out) / "runs" / self.name
 
     def execute(self) -> dict[str, Any]:
         """Trains and evaluates; returns the line of the results."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.evaluation.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock"):
-            if (self.folder / "result.json").is_file():  # another process's
-                return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            if (self.evaluation / "result.json").is_file():  # another process's
+                return json.loads((self.evaluation / "result.json").read_text(encoding="utf-8"))
             trainer, seconds, history = self.trained()
-            result = {"run": self.id, "arm": self.arm, "seed": self.seed, "train_seconds": round(seconds, 1)}
+            result = {"run": self.name, "arm": self.arm, "seed": self.seed, "train_seconds": round(seconds, 1)}
             result |= self.evaluate(trainer)
-            result |= {"curve": history, "settings": self.settings.of_arm(self.arm)}
-            (self.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+            evaluated = {name: getattr(self.settings, name) for name in EVALUATION}
+            result |= {"curve": history, "settings": self.settings.of_arm(self.arm) | evaluated}
+            (self.evaluation / "result.json").write_text(json.dumps(result), encoding="utf-8")
         with locked(Path(self.settings.out) / "lock"), (Path(self.settings.out) / "results.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
         return result
@@ -262,7 +275,9 @@ class Run:
         warm = Run(s, "warm_start", self.seed, self.train_dataset, self.eval_dataset)
         start = warm.folder / "selector" / "final"
         if not start.is_dir():
-            warm.execute()
+            warm.folder.mkdir(parents=True, exist_ok=True)
+            with locked(warm.folder / "lock"):
+                warm.trained()
         changes = {
             "sft": {"train_selector": False},
             "without_selector": {"train_selector": False},
@@ -338,7 +353,7 @@ class Run:
                 with torch.no_grad():
                     yield [row], [self.score(trainer, trainer._with_candidates(self.eval_dataset[row]))]
 
-        path = self.folder / "questions.jsonl"
+        path = self.evaluation / "questions.jsonl"
         own = self.settings.of_arm(self.arm) | {"seed": self.seed}
         rows = complete_rows(path, len(self.eval_dataset), own, work, f"{self.arm}, seed {self.seed}")
         names = [name for name, value in rows[0].items() if isinstance(value, float)]
@@ -427,11 +442,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [Run(s, arm, seed, train_dataset, eval_dataset) for seed in s.seeds for arm in s.arms]
     done = {row["run"] for row in read_rows(out)}
     for run in runs:
-        if run.id not in done:
+        if run.name not in done:
             result = run.execute()
             scores = ", ".join(f"{name} {100 * result[name]:.1f}" for name in ("em", "em_retriever", "recall@1"))
-            print(f"{run.id}: {scores}", flush=True)
-    wanted = {run.id for run in runs}
+            print(f"{run.name}: {scores}", flush=True)
+    wanted = {run.name for run in runs}
     for path in write_report([row for row in read_rows(out) if row["run"] in wanted], out):
         print(path)
 
