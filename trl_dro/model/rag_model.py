@@ -19,7 +19,7 @@ from .control_tokens import end_token_id
 from .distinct import sample_distinct_permutations
 from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows
-from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
+from .permutation import PriorSource, SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
 from .sampling import PermutationSamples, sample_permutations
@@ -49,6 +49,8 @@ class RAGModel:
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Strength of the retriever's prior, see [`~permutation.retriever_logits`].
+        retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
+            What the prior is made of, `"rank"` or `"score"`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RAGModel:
         device: torch.device,
         max_tokens: int | None = None,
         retriever_prior: float = 0.0,
+        retriever_prior_from: PriorSource = "rank",
     ):
         self.roles = roles
         self.tokenizers = tokenizers
@@ -68,6 +71,7 @@ class RAGModel:
         self.device = device
         self.max_tokens = max_tokens
         self.retriever_prior = retriever_prior
+        self.retriever_prior_from = retriever_prior_from
         self.count = TokenCount()
 
     def keeps_prompts(self) -> bool:
@@ -214,8 +218,7 @@ class RAGModel:
         """Prior of each document of a question, see [`~permutation.retriever_logits`]; `None` if there is none."""
         if self.retriever_prior == 0:
             return None
-        ranks = question.get("retrieval_ranks") or range(1, len(question["documents"]) + 1)
-        return retriever_logits(ranks, self.retriever_prior)
+        return retriever_logits(question, self.retriever_prior, self.retriever_prior_from)
 
     def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
         """
