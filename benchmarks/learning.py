@@ -10,8 +10,9 @@ held-out questions before training (iteration 0) and after each iteration. docs/
 .venv/bin/python benchmarks/learning.py --experiment all --seeds 3        # hours
 ```
 
-`results.jsonl` in `--out` has one line per run and iteration, with the processor seconds since the first evaluation. A run that is there to its last iteration is not
-repeated, nor one that occurs in two experiments; one that was cut short starts anew. `--out` serves one process.
+`results.jsonl` in `--out` has one line per run and iteration, with the processor seconds since the first evaluation. A
+run that is there to its last iteration is not repeated, nor one that occurs in two experiments; one that was cut short
+starts anew. `--out` serves one process.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -497,12 +498,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of warm start and training")
     parser.add_argument("--world-seed", type=int, default=0, help="seed of the world")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} and not {Size()}")
+    parser.add_argument("--size", nargs="+", default=[], metavar="NAME=NUMBER", help="what differs from that size")
     args = parser.parse_args(arguments)
     disable_progress_bars()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
 
-    size = QUICK if args.quick else Size()
+    try:
+        size = replace(
+            QUICK if args.quick else Size(), **{name: int(n) for name, n in (e.split("=") for e in args.size)}
+        )
+    except (TypeError, ValueError):
+        parser.error(f"--size {' '.join(args.size)}: must be NAME=NUMBER, of {Size()}")
     experiments = all_experiments(size)
     if args.experiment != "all":
         experiments = {args.experiment: experiments[args.experiment]}

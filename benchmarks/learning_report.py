@@ -255,7 +255,7 @@ def curves(rows: list[Row]) -> plt.Figure:
 
 
 def documents_figure(rows: list[Row]) -> plt.Figure:
-    """EM against the documents that the selector lets the generator read, from before training to the last iteration."""
+    """EM against the documents that the selector lets the generator read, before training and after each iteration."""
     figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
     for setting in settings_of(rows):
         chosen = [row for row in rows if row["setting"] == setting]
