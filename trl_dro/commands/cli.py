@@ -106,7 +106,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
 
 
 def hush_libraries() -> None:
-    """Leaves out what libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed."""
+    """Silences what libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
