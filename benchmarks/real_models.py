@@ -57,14 +57,8 @@ from trl_dro.trainer.estimation import draw, reordered
 from trl_dro.trainer.schedule import MicroBatch
 
 
-EVALUATION = (
-    "eval_split",
-    "evaluate_on",
-    "eval_questions",
-    "bound_permutations",
-    "oracle",
-    "mixture",
-)  # no part of training
+# No part of training
+EVALUATION = ("eval_split", "evaluate_on", "eval_questions", "bound_permutations", "oracle", "mixture")
 MOST_PERMUTATIONS = 100  # whose probabilities are kept for the curve of the retriever's prior
 ARMS = ("warm_start", "sft", "joint", "without_selector", "without_generator", "decoupled")
 

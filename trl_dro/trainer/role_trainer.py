@@ -14,7 +14,6 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
@@ -27,7 +26,7 @@ from ..system.rag_config import RAGConfig
 from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
-from .logs import LogLine, LogLineAboveProgress, RunningMeans
+from .logs import RunningMeans
 from .run import Identity, RunTrainer
 
 
@@ -87,9 +86,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             )
         self._means = RunningMeans(self.accelerator)
         self.add_callback(LogHistory())
-        for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
-            if self.pop_callback(usual) is not None:
-                self.add_callback(readable)
 
     # Optimization
 
