@@ -47,10 +47,8 @@ class RAGModel:
             Device of the models.
         max_tokens (`int`, *optional*):
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
-        retriever_prior (`float`, *optional*, defaults to `0.0`):
-            Strength of the retriever's prior, see [`~permutation.retriever_logits`].
-        retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
-            What the prior is made of, `"rank"` or `"score"`.
+        retriever_prior (`float`, *optional*, defaults to `0.0`), retriever_prior_from (`str`, defaults to `"rank"`):
+            Strength and source of the retriever's prior, see [`~permutation.retriever_logits`].
     """
 
     def __init__(
