@@ -486,10 +486,7 @@ def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]
 
 @contextlib.contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """
-    Replaces the model's own config: one passed to `generate` would be filled up from it, with the repetition penalty
-    of an instruct model, say.
-    """
+    """Replaces the model's own config, from which one passed to `generate` would be filled up (say, a penalty)."""
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     own = [holder.generation_config for holder in holders]
     try:
