@@ -409,7 +409,7 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, **config.prior())
     check_rows(rag, options.shared_prefix)
     return rag
 
@@ -420,7 +420,7 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
     config = replace(config, num_selected=num_selected, min_selected=min_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
-    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, **config.prior())
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
