@@ -133,7 +133,10 @@ def load_questions(args: RetrieveArguments) -> Dataset:
     if args.source is not None:
         raise DatasetError(f"--source belongs to a benchmark ({', '.join(BENCHMARKS)}), not to {args.questions}")
     if args.retriever == ["precomputed"] or not args.questions.endswith((".jsonl", ".jsonl.gz")):
-        return load_records(args.questions, args.split)
+        # What has no splits of its own becomes that of the result.
+        path = Path(args.questions)
+        has_splits = not path.exists() or (path / "dataset_dict.json").is_file()
+        return load_records(args.questions, args.split if has_splits else None)
     return read_questions(args.questions)
 
 

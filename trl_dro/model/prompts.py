@@ -263,10 +263,15 @@ def check_lengths(
             raise PromptTooLongError(f"{name}, row {longest_row}, column question: {error}") from None
 
 
-def check_template(template: Template) -> None:
-    """Raises `ValueError` if a format string has an unknown field, or lacks `{question}` or `{documents}`."""
-    if not isinstance(template, str):
+def check_template(template: Template, name: str = "prompt template") -> None:
+    """
+    Raises `ValueError`, in which the template has a name, if it is neither a function nor a format string, or one that
+    has an unknown field, or lacks `{question}` or `{documents}`.
+    """
+    if callable(template):
         return
+    if not isinstance(template, str):
+        raise ValueError(f"{name} must be a text or a function, not {template!r}: write one")
     # The first two are marks that no template contains by itself.
     marks: dict[str, Any] = {"question": "\0q", "documents": "\0d"}
     marks |= {"num_documents": 2, "num_selected": 1, "format": ""}
@@ -274,12 +279,12 @@ def check_template(template: Template) -> None:
         text = template.format(**marks)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"prompt template {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
-            f"are {', '.join('{' + name + '}' for name in marks)}; write other braces twice"
+            f"{name} {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
+            f"are {', '.join('{' + field + '}' for field in marks)}; write other braces twice"
         ) from None
-    for name in ("question", "documents"):
-        if marks[name] not in text:
-            raise ValueError(f"prompt template {template[:60]!r} does not show the {name}: add {{{name}}}")
+    for field in ("question", "documents"):
+        if marks[field] not in text:
+            raise ValueError(f"{name} {template[:60]!r} does not show the {field}: add {{{field}}}")
 
 
 def render(template: Template, fields: dict[str, Any]) -> str | list[dict[str, str]]:

@@ -7,6 +7,7 @@ must stay active until its backward is done. Both rules are kept here and in the
 """
 
 import copy
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +18,10 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..data.lines import read_json_object
 
+
+ROLE_FILE = "role.json"
 Role = Literal["selector", "generator"]
 ROLES: tuple[Role, Role] = ("selector", "generator")
 
@@ -146,10 +150,12 @@ def load_role_adapters(base: PreTrainedModel, selector: str | Path, generator: s
         [`~peft.PeftModel`]: to be passed to [`DROTrainer`] as `model`, without `peft_config`.
 
     Raises:
-        `ValueError`: there is no adapter at one of the places, it was made for another model, or it adds virtual
-            tokens.
+        `ValueError`: there is no adapter at one of the places, it was made for another model or as the other role, or
+            it adds virtual tokens.
     """
-    for role, path in (("selector", selector), ("generator", generator)):
+    paths: dict[Role, str | Path] = {"selector": selector, "generator": generator}
+    for role, path in paths.items():
+        check_role(path, role)
         try:
             config = PeftConfig.from_pretrained(str(path))
         except (ValueError, OSError) as error:
@@ -193,6 +199,24 @@ def put_adapters_on(base: PreTrainedModel, paths: dict[Role, str | None]) -> Pef
         if path is None:  # the bare base: a new adapter of LoRA changes nothing
             model.add_adapter(role, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model
+
+
+def note_role(folder: str | Path, role: Role) -> None:
+    """Writes `role.json`, by which [`check_role`] tells the folders of the roles apart whatever they are called."""
+    (Path(folder) / ROLE_FILE).write_text(json.dumps({"role": role}) + "\n", encoding="utf-8")
+
+
+def check_role(folder: str | Path, role: Role) -> None:
+    """
+    Raises `ValueError` if a folder says that it holds the other role. Those of other trainers say nothing, and are
+    taken for what they are given as.
+    """
+    path = Path(folder) / ROLE_FILE
+    if path.is_file() and (noted := read_json_object(path).get("role")) != role:
+        raise ValueError(
+            f"{folder} is asked to be the {role}, but holds the {noted} ({ROLE_FILE}): take the folder of the {role}; "
+            f"if they were swapped, rename them, and if it is meant so, delete that file"
+        )
 
 
 class Roles:
@@ -280,6 +304,8 @@ class Roles:
                 module.save_pretrained(str(folder if isinstance(module, PeftModel) else folder / role))
         else:
             self.model.save_pretrained(str(folder), selected_adapters=list(ROLES))
+        for role in ROLES:
+            note_role(folder / role, role)
 
     def save_unnamed_bases(self, folder: str | Path) -> None:
         """
@@ -306,10 +332,11 @@ class Roles:
 
         Raises:
             `FileNotFoundError`: one of the two role folders is missing.
-            `ValueError`: an adapter was made for other modules, or has another rank.
+            `ValueError`: an adapter was made for other modules, or has another rank, or is the other role's.
         """
         for role in ROLES:
             source = Path(folder) / role
+            check_role(source, role)
             if not source.is_dir():
                 raise FileNotFoundError(
                     f"{source} does not exist: a checkpoint of both roles has the folders {' and '.join(ROLES)}"

@@ -135,7 +135,7 @@ class DROTrainer(RoleTrainer):
         compute_metrics: Callable[[list[str], list[dict[str, Any]]], dict[str, float]] | None = None,
         **unsupported: Any,
     ):
-        refuse_arguments(unsupported)
+        refuse_arguments(unsupported, args, callbacks, compute_metrics)
         if args is None:
             args = DROConfig("dro-output")
         if quantization_config is not None and peft_config is None:

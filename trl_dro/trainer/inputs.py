@@ -99,11 +99,11 @@ def load_tokenizers(
     generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
-        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
+        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, None, "selector_model"))
     return {"selector": selector_tokenizer, "generator": generator_tokenizer}
 
 
-def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
+def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None, name: str = "model") -> Any:
     """
     Tokenizer of a model.
 
@@ -111,7 +111,7 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
         `ValueError`: a model instance does not say where it came from.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TypeError(f"model must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
+        raise TypeError(f"{name} must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if not source:
         raise ValueError(
@@ -243,11 +243,21 @@ _REFUSED = {
 }
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason."""
-    for name, value in arguments.items():
+def refuse_arguments(unsupported: Mapping[str, Any], args: Any, callbacks: Any, compute_metrics: Any) -> None:
+    """
+    Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason, and for
+    others that are not of their kind.
+    """
+    for name, value in unsupported.items():
         if value is not None or name not in _REFUSED:
-            raise TypeError(f"DROTrainer takes no `{name}`: {_REFUSED.get(name, 'see its documentation')}")
+            reason = _REFUSED.get(name, "see its documentation")
+            raise TypeError(f"DROTrainer takes no `{name}`: {reason}; leave it out")
+    if args is not None and not isinstance(args, DROConfig):
+        raise TypeError(f"`args` must be a DROConfig, not {type(args).__name__}: pass DROConfig(output_dir, …)")
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        raise TypeError(f"`callbacks` must be a list, not {type(callbacks).__name__}: put them in one")
+    if compute_metrics is not None and not callable(compute_metrics):
+        raise TypeError(f"`compute_metrics` must be a function, not {type(compute_metrics).__name__}: pass one")
 
 
 def own_scores(scores: Any, others: Mapping[str, float]) -> dict[str, float]:
