@@ -328,6 +328,7 @@ def settings() -> Iterator[Case]:
             pairs = text.split(" ")
             names = (pairs[0].lstrip("-"), *(pair for pair in pairs[1:] if len(pair) > 2 and "TMP" not in pair))
             names += ("TMP",) if "TMP" in text else ()
+            names += ("8 bit and 4 bit",) if "load_in_8bit" in text else ()
             yield Case(f"settings ({command})", text, partial(flags, command, pairs), names)
     for name, arguments in {
         "no such command": ["trian"], "no model": ["predict"], "no questions": ["retrieve"], "no run": ["report"],
@@ -365,7 +366,7 @@ def yaml_values() -> Iterator[Case]:
                 "YAML values",
                 f"{setting}: {value}",
                 partial(make, f"{setting}: {value}\n"),
-                (setting, "tokenizer of 5"),
+                (setting, "tokenizer of 5", "is called '5'"),
             )
     for name, text in {
         "not YAML": b"a: [1\n", "a list": b"- 1\n", "a text": b"hello\n", "empty": b"", "NUL": b"a\0: 1\n",

@@ -280,7 +280,8 @@ class Parser(TrlParser):
             for each in dataclasses.fields(kind):
                 value = getattr(namespace, each.name, None)
                 # Parsed in `__post_init__`, where an error would not tell the setting.
-                if "dict" in str(each.type) and isinstance(value, str) and value.startswith("{"):
+                is_json = isinstance(value, str) and value.startswith("{")
+                if is_json and each.name.endswith(("_kwargs", "_config", "_args")):
                     try:
                         json.loads(value)
                     except (ValueError, RecursionError) as error:

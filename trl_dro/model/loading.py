@@ -88,7 +88,8 @@ def context_length(
     else:
         config = model.config
     if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
+        name = f"{model}: {config.model_type}" if isinstance(model, str) else config.model_type
+        raise ValueError(f"{name} is an encoder-decoder model: both roles need a causal language model")
     return longest_sequence(config)
 
 

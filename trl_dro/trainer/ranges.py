@@ -68,13 +68,11 @@ def check_types(args: Any) -> None:
     hints = get_type_hints(type(args))
     for field in fields(args):
         value = getattr(args, field.name)
-        # Those that are inherited take None more often than they declare.
-        plain = (
-            field.name in vars(type(args))["__annotations__"]
-            if value is None
-            else type(value) in (bool, int, float, str, bytes, list, tuple, set, dict)
-        )
-        if field.init and plain and value != field.default and not _is_of(value, hints[field.name]):
+        if not field.init or value == field.default or _is_of(value, hints[field.name]):
+            continue
+        # Fields that are inherited take None more often than they declare.
+        own = field.name in vars(type(args))["__annotations__"]
+        if type(value) in (bool, int, float, str, bytes, list, tuple, set, dict) or (value is None and own):
             declared = str(field.type).replace("typing.", "")
             named = field.type.__name__ if isinstance(field.type, type) else declared
             raise ValueError(f"{field.name}={value!r}: it must be {named}, not {type(value).__name__}")
