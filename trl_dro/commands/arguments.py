@@ -278,7 +278,7 @@ class Parser(TrlParser):
             )
         for kind in self.dataclass_types:
             for each in dataclasses.fields(kind):
-                value = getattr(namespace, each.name, None)
+                value: Any = getattr(namespace, each.name, None)
                 # Parsed in `__post_init__`, where an error would not tell the setting.
                 is_json = isinstance(value, str) and value.startswith("{")
                 if is_json and each.name.endswith(("_kwargs", "_config", "_args")):
