@@ -81,10 +81,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hush_libraries()
     debug = "--debug" in arguments
     arguments = [each for each in arguments if each != "--debug"]
     check_usage(name, arguments)
@@ -123,6 +120,13 @@ def _where_written(error: Exception, parsed: tuple[Any, ...]) -> str:
         return ""
     folders = [vars(each)[key] for each in parsed for key in ("output_dir", "cache_dir") if vars(each).get(key)]
     return f"; free space, or mend the permissions, in {' and '.join(map(str, folders)) or 'the folders written to'}"
+
+
+def hush_libraries() -> None:
+    """Silences what libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def print_commands() -> None:

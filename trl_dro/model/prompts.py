@@ -5,8 +5,8 @@ Both roles read the same document block, `[1] title`, newline, `text`, and so on
 used when it has one, plain text otherwise. Documents that do not fit are shortened to a common number of tokens, so
 that none is lost whole.
 
-Texts cannot pass for what stands around them: control tokens in them are text (`control_tokens.py`), and a document
-has no line of its own that could begin another one (`document_body`).
+Texts cannot pass for what stands around them: control tokens in them are text (`control_tokens.py`), a document has no
+line of its own that could begin another one (`document_body`), and a question or a turn is one line (`question_body`).
 """
 
 import itertools
@@ -185,7 +185,7 @@ class PromptBuilder:
     def _write(self, question: Question, bodies: list[str]) -> str | list[dict[str, str]]:
         mark = control_tokens(self.tokenizer).mark
         fields = {
-            "question": mark(question_text(question)),
+            "question": mark(question_body(question)),
             "documents": "\n".join(f"[{i}] {mark(body)}" for i, body in enumerate(bodies, start=1)),
             "num_documents": len(bodies),
             "num_selected": self.num_selected,
@@ -316,6 +316,16 @@ def document_body(document: dict[str, Any]) -> str:
 def _one_line(text: str) -> str:
     lines = text.splitlines()  # at every line break of Unicode
     return text if lines == [text] else " ".join(line.strip() for line in lines if line.strip())
+
+
+def question_body(question: Question) -> str:
+    """
+    The question as prompts show it: one line, or one for each turn of a dialogue. Line breaks in them become spaces, so
+    that no line of theirs can begin a turn or a passage.
+    """
+    if isinstance(question, str):
+        return _one_line(question)
+    return question_text([{**message, "content": _one_line(message["content"])} for message in question])
 
 
 def question_text(question: Question) -> str:

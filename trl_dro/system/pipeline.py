@@ -12,6 +12,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from ..data.schema import DatasetError, Document, check_documents, check_question
+from ..model.control_tokens import end_token_id
 from ..model.prompts import Question, question_text
 from ..model.rag_model import RAGModel
 from ..model.roles import Role, note_role
@@ -355,7 +356,9 @@ class RAGPipeline:
 
     def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
         rag = self._rag_for(record)
-        streamer = _Streamer(rag.tokenizers["generator"], skip_prompt=True, skip_special_tokens=True)
+        tokenizer = rag.tokenizers["generator"]
+        streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.end = end_token_id(tokenizer)
         permutation = torch.tensor([[document.position for document in selection]])
 
         def write() -> None:
@@ -395,11 +398,15 @@ class _Closed(Exception):
 
 class _Streamer(TextIteratorStreamer):
     closed = False
+    end = -1
 
     def put(self, value):
         if self.closed:
             raise _Closed
-        super().put(value)
+        if not self.next_tokens_are_prompt:  # the end of a turn need not be declared special
+            value = value[value != self.end]
+        if len(value):
+            super().put(value)
 
 
 @torch.no_grad()

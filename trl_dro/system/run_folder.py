@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.lines import first_line
 from ..data.storage import as_path, content_key, file_key
 from ..model.codec import PermutationCodec
+from ..model.control_tokens import end_token_ids
 from ..model.loading import context_length, load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
 from ..model.prompts import PromptBuilder
 from ..model.rag_model import RAGModel
@@ -413,7 +414,7 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, **config.prior())
     check_rows(rag, options.shared_prefix)
     return rag
 
@@ -424,7 +425,7 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
     config = replace(config, num_selected=num_selected, min_selected=min_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
-    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, **config.prior())
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:
@@ -452,8 +453,11 @@ def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) 
     model: Any = options.load(source)
     if source.base is not None:
         model = PeftModel.from_pretrained(model, source.path).merge_and_unload(safe_merge=True)
+    tokenizer = _load_tokenizer(source, options)
+    # Those who serve the folder stop where answers ended in training, whatever the base declares.
+    model.generation_config.eos_token_id = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     model.save_pretrained(folder)
-    _load_tokenizer(source, options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if source.config is not None:
         shutil.copyfile(source.config, folder / CONFIG_FILE)
 

@@ -25,6 +25,7 @@ from ..model.roles import Role
 from ..model.sampling import PermutationSamples
 from ..model.self_check import check_rows
 from ..model.shared_prefix import ReadPrompts, TokenCount
+from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
 from .estimation import (
     Estimate,
@@ -165,9 +166,8 @@ class DROTrainer(RoleTrainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics,
         )
-        self.rag = RAGModel(
-            self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
-        )
+        shown, limit = RAGConfig.of_training(args), args.max_tokens_per_forward
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, limit, **shown.prior())
         check_rows(self.rag, args.shared_prefix, noiseless=args.disable_dropout)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)

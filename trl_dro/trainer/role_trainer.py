@@ -14,7 +14,6 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
@@ -27,7 +26,7 @@ from ..system.rag_config import RAGConfig
 from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
-from .logs import LogLine, LogLineAboveProgress, RunningMeans
+from .logs import RunningMeans
 from .run import Identity, RunTrainer
 
 
@@ -87,9 +86,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             )
         self._means = RunningMeans(self.accelerator)
         self.add_callback(LogHistory())
-        for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
-            if self.pop_callback(usual) is not None:
-                self.add_callback(readable)
 
     # Optimization
 
@@ -326,6 +322,11 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         RAGConfig.of_training(self.args).save(folder)
         (folder / "metrics.json").write_text(json.dumps(self._last_metrics(), indent=2) + "\n", encoding="utf-8")
         self.create_model_card()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Without `total_flos`, which Trainer counts for models that it calls itself and would be 0."""
+        logs.pop("total_flos", None)
+        super().log(logs, start_time)
 
     def _last_metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation, from 0 to 1 or in nats, by their names without prefix."""
