@@ -320,8 +320,8 @@ def _one_line(text: str) -> str:
 
 def question_body(question: Question) -> str:
     """
-    The question as prompts show it: one line, or one for each turn of a dialogue. Line breaks in them become spaces, so
-    that no line of theirs can begin a turn or a passage.
+    The question as prompts show it: one line, or one for each turn of a dialogue. Line breaks in them become spaces,
+    so that no line of theirs can begin a turn or a passage.
     """
     if isinstance(question, str):
         return _one_line(question)

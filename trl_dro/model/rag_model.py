@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
-from .control_tokens import end_token_id
+from .control_tokens import end_token_id, end_token_ids
 from .distinct import sample_distinct_permutations
 from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows

@@ -358,7 +358,7 @@ class RAGPipeline:
         rag = self._rag_for(record)
         tokenizer = rag.tokenizers["generator"]
         streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        streamer.end = end_token_id(tokenizer)
+        streamer.end_of_turn = end_token_id(tokenizer)
         permutation = torch.tensor([[document.position for document in selection]])
 
         def write() -> None:
@@ -398,13 +398,13 @@ class _Closed(Exception):
 
 class _Streamer(TextIteratorStreamer):
     closed = False
-    end = -1
+    end_of_turn = -1
 
     def put(self, value):
         if self.closed:
             raise _Closed
         if not self.next_tokens_are_prompt:  # the end of a turn need not be declared special
-            value = value[value != self.end]
+            value = value[value != self.end_of_turn]
         if len(value):
             super().put(value)
 
