@@ -18,8 +18,6 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..data.lines import read_json_object
-
 
 ROLE_FILE = "role.json"
 Role = Literal["selector", "generator"]
@@ -212,7 +210,13 @@ def check_role(folder: str | Path, role: Role) -> None:
     taken for what they are given as.
     """
     path = Path(folder) / ROLE_FILE
-    if path.is_file() and (noted := read_json_object(path).get("role")) != role:
+    if not path.is_file():
+        return
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))["role"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}): copy or download it again") from None
+    if noted != role:
         raise ValueError(
             f"{folder} is asked to be the {role}, but holds the {noted} ({ROLE_FILE}): take the folder of the {role}; "
             f"if they were swapped, rename them, and if it is meant so, delete that file"

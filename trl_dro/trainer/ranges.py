@@ -10,7 +10,6 @@ from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
-from trl import ModelConfig
 
 
 # Lowest and highest value, both allowed.
@@ -95,7 +94,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     return isinstance(value, (kind, str) if issubclass(kind, enum.Enum) else kind)
 
 
-def check_model_settings(args: ModelConfig) -> None:
+def check_model_settings(args: Any) -> None:
     """Raises `ValueError` if settings of the base or its adapters cannot be used, by the names that flags have."""
     if not (isinstance(args.lora_r, int) and args.lora_r >= 1):
         raise ValueError(f"lora_r={args.lora_r}: it must be at least 1")
