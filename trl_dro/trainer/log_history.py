@@ -140,8 +140,8 @@ def read_log_history(run: str | Path) -> list[Logged]:
         )
     if not lines:
         raise ValueError(
-            f"{run} has no logs yet: the first comes after `logging_steps` updates of training ({LOG_FILE} is empty or "
-            "cut short: train on)"
+            f"{run} has no logs yet: the first comes after `logging_steps` updates of training ({LOG_FILE} is empty "
+            "or cut short: train on)"
         )
     return lines
 
