@@ -12,7 +12,7 @@ python benchmarks/estimators.py
 ```
 
 The last columns draw as many distinct permutations as m independent ones have on average: what the generator scores is
-then the same.
+then the same. Changes are of the means over selectors, with their standard errors by the paired differences of these.
 """
 
 import argparse
@@ -150,8 +150,15 @@ def main() -> None:
             def shown(key: str, mean: dict[str, Tensor] = mean) -> str:
                 return " / ".join(f"{value:.3f}" for value in mean[key].tolist())
 
-            def change(key: str, mean: dict[str, Tensor] = mean) -> str:
-                return " / ".join(f"{100 * value:+.0f}%" for value in (mean[key] / mean["independent"] - 1).tolist())
+            def change(key: str, measured=measured, mean: dict[str, Tensor] = mean) -> str:
+                ratio = mean[key] / mean["independent"]
+                # Of a ratio of means, by the delta method.
+                left = torch.stack(
+                    [(each[key] - ratio * each["independent"]) / mean["independent"] for each in measured]
+                )
+                error = left.std(dim=0) / len(measured) ** 0.5
+                pairs = zip((ratio - 1).tolist(), error.tolist(), strict=True)
+                return " / ".join(f"{100 * value:+.0f} ± {100 * deviation:.0f}%" for value, deviation in pairs)
 
             print(
                 f"| {name} | {entropy:.1f} | {m} | {shown('independent')} | {mean['unique']:.1f} "

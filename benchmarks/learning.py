@@ -10,8 +10,9 @@ held-out questions before training (iteration 0) and after each iteration. docs/
 .venv/bin/python benchmarks/learning.py --experiment all --seeds 3        # hours
 ```
 
-`results.jsonl` in `--out` has one line per run and iteration. A run that is there to its last iteration is not
-repeated, nor one that occurs in two experiments; one that was cut short starts anew. `--out` serves one process.
+`results.jsonl` in `--out` has one line per run and iteration, with the processor seconds since the first evaluation. A
+run that is there to its last iteration is not repeated, nor one that occurs in two experiments; one that was cut short
+starts anew. `--out` serves one process.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Size:
         return self.iterations * self.updates
 
 
-QUICK = Size(num_permutations=4, num_eval=60, repeats=4)
+QUICK = Size(num_permutations=4, iterations=2, num_eval=80, repeats=4)
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,17 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("rws", dro={"selector_estimator": "rws"}),
             Setting("vimco", dro={"selector_estimator": "vimco"}),
             Setting("distinct", dro={"sampling": "distinct"}),
+        ],
+        "estimation": [
+            Setting("rws_centered"),
             Setting("rws_centered, m=2", dro={"num_permutations": 2}),
             Setting("rws, m=2", dro={"num_permutations": 2, "selector_estimator": "rws"}),
             Setting("mean likelihood", dro={"answer_likelihood": "mean"}),
             Setting("T=0.7", dro={"temperature": 0.7}),
             Setting("T=0.7, not corrected", UncorrectedTrainer, dro={"temperature": 0.7}),
             Setting("E-step per 4 updates", dro={"steps_per_estimation": 4}),
-            Setting("E-step per iteration (Algorithm 1)", dro={"steps_per_estimation": size.updates}),
+            Setting("Algorithm 1", dro={"steps_per_estimation": size.updates}),
+            Setting("Algorithm 1, rws", dro={"steps_per_estimation": size.updates, "selector_estimator": "rws"}),
         ],
         "scoring": [
             Setting("permutations, two-hop", **two_hop),
@@ -308,7 +313,8 @@ class Run:
 
             def measure(iteration: int, metrics: dict[str, float]) -> None:
                 more = self.setting.probe(trainer, self.size.repeats) if self.setting.probe else {}
-                record(iteration, {name.removeprefix("eval_"): value for name, value in metrics.items()} | more)
+                numbers = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+                record(iteration, {"documents": float(self.num_selected)} | numbers | more)
 
             if self.setting.trainer is not None:
                 trainer.add_callback(OnEvaluation(measure, self.size.updates))
@@ -370,7 +376,7 @@ class Run:
         """Folder with both adapters, made once for all settings that can share it."""
         setting, size = self.setting, self.size
         key = digest(
-            [setting.selector_warmup, setting.dropped_layers, self.num_selected],
+            [setting.selector_warmup, setting.dropped_layers, self.num_selected, setting.dro.get("min_selected")],
             [asdict(size), RECIPE, model_digest(), data_digest(*self.world), self.seed],
         )
         folder = self.out / "warm_starts" / key
@@ -393,7 +399,8 @@ class Run:
         prompts = {
             role: PromptBuilder(self.tokenizer, RECIPE[f"{role}_template"], self.num_selected) for role in ROLES
         }
-        codec = PermutationCodec(self.tokenizer, self.num_candidates, self.num_selected)
+        min_selected = self.setting.dro.get("min_selected")
+        codec = PermutationCodec(self.tokenizer, self.num_candidates, self.num_selected, min_selected)
         ranked = [answers_first(record) for record in records] if teacher == "answer" else records
         noise = RANK_NOISE if teacher == "noisy retriever" else 0.0
         return {
@@ -469,11 +476,12 @@ def run_all(
                     results.add(row | labels)
                 continue
             progress.set_description(f"{experiment}: {setting.name}, seed {seed}")
-            start = time.perf_counter()
+            begun: list[float] = []  # processor seconds at the first evaluation: the warm start may be another run's
 
-            def record(iteration: int, metrics: dict[str, float], labels=labels, run=run, start=start) -> None:
+            def record(iteration: int, metrics: dict[str, float], labels=labels, run=run, begun=begun) -> None:
+                begun.append(time.process_time())
                 numbers = {name: value for name, value in metrics.items() if not name.endswith("per_second")}
-                numbers |= {"iwae": numbers.pop("iwae_bound"), "seconds": round(time.perf_counter() - start, 1)}
+                numbers |= {"iwae": numbers.pop("iwae_bound"), "seconds": round(begun[-1] - begun[0], 1)}
                 numbers |= {"iterations": size.iterations, "run": run}
                 results.add(labels | {"iteration": iteration} | numbers)
                 scores = ", ".join(f"{name} {numbers[name]:.3f}" for name in ("em", "recall@1", "iwae"))
@@ -490,12 +498,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of warm start and training")
     parser.add_argument("--world-seed", type=int, default=0, help="seed of the world")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} and not {Size()}")
+    parser.add_argument("--size", nargs="+", default=[], metavar="NAME=NUMBER", help="what differs from that size")
     args = parser.parse_args(arguments)
     disable_progress_bars()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
 
-    size = QUICK if args.quick else Size()
+    try:
+        size = replace(
+            QUICK if args.quick else Size(), **{name: int(n) for name, n in (e.split("=") for e in args.size)}
+        )
+    except (TypeError, ValueError):
+        parser.error(f"--size {' '.join(args.size)}: must be NAME=NUMBER, of {Size()}")
     experiments = all_experiments(size)
     if args.experiment != "all":
         experiments = {args.experiment: experiments[args.experiment]}

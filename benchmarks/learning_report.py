@@ -132,6 +132,8 @@ def write_report(rows: list[Row], out: Path) -> list[Path]:
         if any("follows" in row for row in chosen):
             tables.append((f"{title}: reliance on the documents", reliance_table(chosen)))
             figures["reliance"] = reliance_figure
+        if len({row["documents"] for row in chosen if "documents" in row}) > 1:
+            figures["documents"] = documents_figure
         for name, draw in figures.items():
             figure = draw(chosen)
             figure.suptitle(title, fontsize=10)
@@ -167,20 +169,23 @@ def scores_table(rows: list[Row]) -> Table:
     """Scores of the retriever, the warm start and every setting, and what the first setting has over the others."""
     reference, *others = settings_of(rows)
     names = {name: heading for name, heading in PERCENTAGES.items() if name in rows[0]}
-    headings = [*names.values(), "IWAE, nats", f"lead of {reference}, EM"]
+    more = {"documents": "documents"} if len({row.get("documents") for row in rows}) > 1 else {}
+    more |= {"seconds": "seconds"}
+    headings = [*names.values(), "IWAE, nats", *more.values(), f"lead of {reference}, EM"]
     table = new_table("setting", headings)
     start = [row for row in rows if row["setting"] == reference and row["iteration"] == 0]
     retriever = [
         cell([row[f"retriever_{name}"] for row in start if f"retriever_{name}" in row], scale=100) for name in names
     ]
-    table.add_row(f"retriever ({reference})", *retriever, "", "")
+    table.add_row(f"retriever ({reference})", *retriever)
 
     def scores(chosen: Iterable[Row]) -> list[str]:
         chosen = list(chosen)
         percentages = [cell([row[name] for row in chosen if name in row], scale=100) for name in names]
-        return [*percentages, cell([row["iwae"] for row in chosen], ".2f")]
+        means = [cell([row[name] for row in chosen if name in row], ".2f") for name in ("iwae", *more)]
+        return [*percentages, *means]
 
-    table.add_row(f"warm start ({reference})", *scores(start), "")
+    table.add_row(f"warm start ({reference})", *scores(start))
     best = final(rows, reference)
     for setting in (reference, *others):
         last = final(rows, setting)
@@ -246,6 +251,24 @@ def curves(rows: list[Row]) -> plt.Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def documents_figure(rows: list[Row]) -> plt.Figure:
+    """EM against the documents that the selector lets the generator read, before training and after each iteration."""
+    figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    for setting in settings_of(rows):
+        chosen = [row for row in rows if row["setting"] == setting]
+        iterations = sorted({row["iteration"] for row in chosen})
+        points = [
+            tuple(mean(scale * row[name] for row in chosen if row["iteration"] == i) for i in iterations)
+            for name, scale in (("documents", 1), ("em", 100))
+        ]
+        [line] = axis.plot(*points, marker=".", alpha=0.5)
+        axis.plot(points[0][-1], points[1][-1], "o", color=line.get_color(), markersize=9, label=setting)
+    axis.set(xlabel="documents per question", ylabel="EM, %", xlim=(-0.1, None), ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, title="after the last iteration")
     return figure
 
 

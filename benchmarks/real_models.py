@@ -49,13 +49,16 @@ from trl_dro.data.resumable import complete_rows
 from trl_dro.demo.tiny import TINY_MODEL
 from trl_dro.demo.world import synthetic_world
 from trl_dro.evaluation.scoring import is_relevant, score_bounds, score_prediction, select
-from trl_dro.metrics.text import has_answer, recall_at_k
+from trl_dro.metrics.text import exact_match, f1, has_answer, normalize_answer, recall_at_k
 from trl_dro.model.importance import effective_sample_size, importance_weights
 from trl_dro.model.prompts import document_body
+from trl_dro.model.sampling import PermutationSamples
 from trl_dro.trainer.estimation import draw, reordered
 from trl_dro.trainer.schedule import MicroBatch
 
 
+# No part of training
+EVALUATION = ("eval_split", "evaluate_on", "eval_questions", "bound_permutations", "oracle", "mixture")
 MOST_PERMUTATIONS = 100  # whose probabilities are kept for the curve of the retriever's prior
 ARMS = ("warm_start", "sft", "joint", "without_selector", "without_generator", "decoupled")
 
@@ -87,11 +90,15 @@ class Settings:
     eval_questions: int = setting(0, "First questions to evaluate; 0 takes all.")
     bound_permutations: int = setting(4, "Permutations sampled per evaluated question for bound and ESS; 0: none.")
     oracle: bool = setting(False, "Also answer from the candidates that contain an answer.")
+    mixture: int = setting(
+        0, "Also answer from so many permutations each and take the answer with the most probability over all; 0: no."
+    )
     dtype: str = setting("float32", "Precision of the base. bfloat16 where the processor computes in it.")
     lora_r: int = setting(16, "Rank of the adapters; alpha is twice that.")
     max_candidates: int = setting(5, "Candidates, n.")
     num_selected: int = setting(2, "Documents in a permutation, K.")
-    retriever_prior: float = setting(0.0, "Weight of the retrieval rank in the selector, from the warm start on.")
+    retriever_prior: float = setting(0.0, "Weight of the retriever in the selector, from the warm start on.")
+    retriever_prior_from: str = setting("rank", "As in DROConfig.")
     max_document_length: int = setting(160, "Tokens of a document.")
     max_answer_length: int = setting(16, "Tokens of an answer.")
     questions_per_update: int = setting(4, "Questions in an update.")
@@ -107,6 +114,7 @@ class Settings:
     selector_learning_rate: float = setting(3e-4, "Selector's learning rate.")
     generator_learning_rate: float = setting(3e-4, "Generator's learning rate.")
     num_permutations: int = setting(4, "Permutations per question, m.")
+    sampling: str = setting("independent", "As in DROConfig.")
     selector_estimator: str = setting("rws_centered", "As in DROConfig.")
     answer_target: str = setting("first", "As in DROConfig.")
     answer_likelihood: str = setting("sum", "As in DROConfig.")
@@ -121,9 +129,9 @@ class Settings:
                 raise SystemExit(f"--{name} {getattr(self, name)}: choose {' or '.join(allowed)}")
 
     def of_arm(self, arm: str) -> dict[str, Any]:
-        """All that decides what a run of this arm gives, but the seed."""
+        """All that decides what training this arm gives, but the seed."""
         values = asdict(self)
-        for name in ("out", "arms", "seeds", "lengths", "use_cpu", "save_every", "questions_per_forward"):
+        for name in ("out", "arms", "seeds", "lengths", "use_cpu", "save_every", "questions_per_forward", *EVALUATION):
             del values[name]
         if arm == "warm_start":  # is the same whatever follows
             for item in fields(self)[[f.name for f in fields(self)].index("updates") :]:
@@ -142,6 +150,7 @@ QUICK: dict[str, Any] = {
     "updates": 2,
     "questions_per_update": 2,
     "oracle": True,
+    "mixture": 3,
 }
 
 
@@ -225,19 +234,30 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Of its training, which every evaluation starts from."""
         return Path(self.settings.out) / "runs" / self.id
+
+    @property
+    def name(self) -> str:
+        values = json.dumps([getattr(self.settings, name) for name in EVALUATION])
+        return f"{self.id}/{self.settings.evaluate_on}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+    @property
+    def evaluation(self) -> Path:
+        return Path(self.settings.out) / "runs" / self.name
 
     def execute(self) -> dict[str, Any]:
         """Trains and evaluates; returns the line of the results."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.evaluation.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock"):
-            if (self.folder / "result.json").is_file():  # another process's
-                return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            if (self.evaluation / "result.json").is_file():  # another process's
+                return json.loads((self.evaluation / "result.json").read_text(encoding="utf-8"))
             trainer, seconds, history = self.trained()
-            result = {"run": self.id, "arm": self.arm, "seed": self.seed, "train_seconds": round(seconds, 1)}
+            result = {"run": self.name, "arm": self.arm, "seed": self.seed, "train_seconds": round(seconds, 1)}
             result |= self.evaluate(trainer)
-            result |= {"curve": history, "settings": self.settings.of_arm(self.arm)}
-            (self.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+            evaluated = {name: getattr(self.settings, name) for name in EVALUATION}
+            result |= {"curve": history, "settings": self.settings.of_arm(self.arm) | evaluated}
+            (self.evaluation / "result.json").write_text(json.dumps(result), encoding="utf-8")
         with locked(Path(self.settings.out) / "lock"), (Path(self.settings.out) / "results.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
         return result
@@ -262,7 +282,9 @@ class Run:
         warm = Run(s, "warm_start", self.seed, self.train_dataset, self.eval_dataset)
         start = warm.folder / "selector" / "final"
         if not start.is_dir():
-            warm.execute()
+            warm.folder.mkdir(parents=True, exist_ok=True)
+            with locked(warm.folder / "lock"):
+                warm.trained()
         changes = {
             "sft": {"train_selector": False},
             "without_selector": {"train_selector": False},
@@ -338,7 +360,7 @@ class Run:
                 with torch.no_grad():
                     yield [row], [self.score(trainer, trainer._with_candidates(self.eval_dataset[row]))]
 
-        path = self.folder / "questions.jsonl"
+        path = self.evaluation / "questions.jsonl"
         own = self.settings.of_arm(self.arm) | {"seed": self.seed}
         rows = complete_rows(path, len(self.eval_dataset), own, work, f"{self.arm}, seed {self.seed}")
         names = [name for name, value in rows[0].items() if isinstance(value, float)]
@@ -347,33 +369,69 @@ class Run:
 
     def score(self, trainer: DROTrainer, question: dict[str, Any]) -> dict[str, Any]:
         """EM and F1 with the selector's and the retriever's documents, recall of both, bound and ESS."""
-        rag, s, answers = trainer.rag, self.settings, {}
+        rag, s = trainer.rag, self.settings
         row: dict[str, Any] = {"id": question.get("id")}
         read = rag.read([question])  # the selector's prompt, once for all that is asked of it
-        greedy = rag.sample([question], 1, greedy=True, read=read).permutations[:, 0]
-        for selection in ("selector", "retriever", *(["oracle"] if s.oracle else [])):
-            permutation = greedy if selection == "selector" else select(rag, [question], selection)
-            key = tuple(permutation[0].tolist())
-            if key not in answers:
-                answers[key] = rag.answer([question], permutation, s.max_answer_length)[0]
-            chosen = [question["documents"][place - 1] for place in key]
-            scores = score_prediction(answers[key], chosen, question["documents"], question["answers"])
+        seed = [int.from_bytes(question["question"].encode()[-6:])]
+        used = {"selector": rag.sample([question], 1, greedy=True, read=read).permutations[0, 0].tolist()}
+        for selection in ("retriever", *(["oracle"] if s.oracle else [])):
+            used[selection] = select(rag, [question], selection)[0].tolist()
+        mixed = None
+        if s.mixture:
+            mixed = rag.sample([question], s.mixture, seeds=seed, read=read, sampling="distinct")
+        every = [*used.values(), *(mixed.permutations[0].tolist() if mixed else [])]
+        asked = sorted({tuple(permutation) for permutation in every})
+        texts = rag.answer([question] * len(asked), torch.tensor(asked), s.max_answer_length)
+        answers = dict(zip(asked, texts, strict=True))
+        for selection, permutation in used.items():
+            answer, chosen = answers[tuple(permutation)], [question["documents"][place - 1] for place in permutation]
+            scores = score_prediction(answer, chosen, question["documents"], question["answers"])
             end = "" if selection == "selector" else f"_{selection}"
-            row |= {f"em{end}": scores["em"], f"f1{end}": scores["f1"], f"answer{end}": answers[key]}
+            row |= {f"em{end}": scores["em"], f"f1{end}": scores["f1"], f"answer{end}": answer}
             if selection == "selector":
-                row |= {name: value for name, value in scores.items() if "recall" in name} | {"selected": list(key)}
+                row |= {name: value for name, value in scores.items() if "recall" in name} | {"selected": permutation}
+        if mixed:
+            row |= self.mixture(trainer, question, mixed, answers)
         every = list(itertools.permutations(range(1, len(question["documents"]) + 1), s.num_selected))
         if len(every) <= MOST_PERMUTATIONS:
             logps = rag.permutation_logps([question], torch.tensor([every]), read=read)
             row["permutation_logps"] = [round(logp, 3) for logp in logps[0].tolist()]
             row["relevant"] = [is_relevant(document, question) for document in question["documents"]]
         if s.bound_permutations:
-            seed = int.from_bytes(question["question"].encode()[-6:])
-            samples = rag.sample([question], s.bound_permutations, seeds=[seed], read=read)
+            samples = rag.sample([question], s.bound_permutations, seeds=seed, read=read, sampling=s.sampling)
             logps = rag.answer_logps([question], [question["answers"][:1]], samples.permutations)
-            row["iwae_bound"] = score_bounds(logps, samples.correction)["iwae_bound"].item()
+            row["iwae_bound"] = score_bounds(logps, samples.correction, s.sampling)["iwae_bound"].item()
             row["ess"] = effective_sample_size(importance_weights(logps, samples.correction)).item()
         return row
+
+    def mixture(
+        self,
+        trainer: DROTrainer,
+        question: dict[str, Any],
+        samples: PermutationSamples,
+        answers: dict[tuple[int, ...], str],
+    ) -> dict[str, Any]:
+        """
+        EM and F1 of the answer with the greatest sum of p(z|x) p(y|x, z) over the permutations that give it (RAG's
+        fast decoding, Lewis et al. 2020), by the selector's p(z|x); and what that needs, to try others afterwards.
+        """
+        kept = [i for i, correction in enumerate(samples.correction[0].tolist()) if correction > float("-inf")]
+        permutations = samples.permutations[0, kept]
+        texts = [answers[tuple(permutation)] for permutation in permutations.tolist()]
+        own = trainer.rag.answer_logps([question] * len(kept), [[text] for text in texts], permutations.unsqueeze(1))
+        weights = samples.correction[0, kept] + own[:, 0].cpu()
+        mass: dict[str, float] = {}
+        for text, weight in zip(texts, weights.exp().tolist(), strict=True):
+            mass[normalize_answer(text)] = mass.get(normalize_answer(text), 0.0) + weight
+        best = max(range(len(texts)), key=lambda i: (mass[normalize_answer(texts[i])], weights[i].item()))
+        return {
+            "em_mixture": float(exact_match(texts[best], question["answers"])),
+            "f1_mixture": f1(texts[best], question["answers"]),
+            "answer_mixture": texts[best],
+            "mixed": permutations.tolist(),
+            "mixed_answers": texts,
+            "mixed_logps": [round(logp, 3) for logp in own[:, 0].tolist()],
+        }
 
 
 @contextmanager
@@ -427,11 +485,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [Run(s, arm, seed, train_dataset, eval_dataset) for seed in s.seeds for arm in s.arms]
     done = {row["run"] for row in read_rows(out)}
     for run in runs:
-        if run.id not in done:
+        if run.name not in done:
             result = run.execute()
             scores = ", ".join(f"{name} {100 * result[name]:.1f}" for name in ("em", "em_retriever", "recall@1"))
-            print(f"{run.id}: {scores}", flush=True)
-    wanted = {run.id for run in runs}
+            print(f"{run.name}: {scores}", flush=True)
+    wanted = {run.name for run in runs}
     for path in write_report([row for row in read_rows(out) if row["run"] in wanted], out):
         print(path)
 

@@ -64,7 +64,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
     top = max(int(name.split("@")[1]) for name in rows[0] if name.startswith("recall@"))
     table = Table(box=box.MARKDOWN)
     for heading in (
-        *("arm", "seeds", "EM", "F1", "EM, retriever's order", "Recall@1", f"Recall@{top}"),
+        *("arm", "seeds", "EM", "F1", "EM, retriever's order", "EM, mixture", "Recall@1", f"Recall@{top}"),
         *(f"Recall@{top} against the retriever", "EM against sft", "bound", "ESS", "processor min"),
     ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
@@ -82,6 +82,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
         recall, retriever = (pooled(of_seed, seeds, f"{who}recall@{top}") for who in ("", "retriever_"))
         table.add_row(
             *(arm, str(len(seeds)), percent(system(arm, "em")), percent(system(arm, "f1")), percent("em_retriever")),
+            percent("em_mixture") if "em_mixture" in next(iter(of_seed.values()))[0] else "",
             *("" if arm == "sft" else percent(f"recall@{k}") for k in (1, top)),
             "" if arm == "sft" else compared(recall, retriever),
             against,
@@ -90,7 +91,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
         )
     first = next(iter(questions.values()))
     recalls = [f"{100 * mean(pooled(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
-    table.add_row("retriever", "", "", "", "", *recalls, *[""] * 5)
+    table.add_row("retriever", *[""] * 5, *recalls, *[""] * 5)
     return table
 
 

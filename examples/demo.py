@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trl_dro import DROConfig, DROTrainer
+from trl_dro.commands.cli import hush_libraries
 from trl_dro.demo.tiny import TINY_MODEL
 from trl_dro.demo.world import synthetic_world
 from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.prompts import PromptBuilder
 from trl_dro.model.roles import ROLES, load_role_adapters
+from trl_dro.trainer.logs import show_readable_logs
 from trl_dro.trainer.warmup import generator_examples, selector_examples
 
 
@@ -84,6 +86,8 @@ def warm_up(world: WorldArguments, args: DROConfig, peft_config: LoraConfig, rec
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        show_readable_logs(trainer)
+        print(f"Warm start of the {role}, {len(examples[role])} examples.", flush=True)
         trainer.train()
         trainer.save_model()
     return load_role_adapters(AutoModelForCausalLM.from_pretrained(TINY_MODEL), **folders)
@@ -157,5 +161,6 @@ def main(world: WorldArguments, args: DROConfig, model_args: ModelConfig) -> Non
 
 
 if __name__ == "__main__":
+    hush_libraries()
     parser = TrlParser((WorldArguments, DROConfig, ModelConfig))
     main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", str(RECIPE)]))

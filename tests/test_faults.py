@@ -61,6 +61,14 @@ def make_trainer(folder, dataset=None, model=None, eval_dataset=None, callbacks=
     return trainer
 
 
+def save_run_that_selects_none(folder):
+    """A selector that may end before its first document, and has learned to: documents cost more than any is worth."""
+    few = {"min_selected": 0, "document_cost": 1e3, "sampling": "distinct", "num_permutations": 17}
+    trainer = make_trainer(folder, **few, max_steps=12, logging_steps=12, max_answer_length=6, train_generator=False)
+    trainer.train()
+    trainer.save_model()
+
+
 def weights_of(trainer):
     return {n: p.detach().clone() for role in ROLES for n, p in trainer.roles.named_parameters(role)}
 

@@ -3,7 +3,9 @@ import itertools
 import json
 import math
 import random
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,13 +122,13 @@ def test_a_run_is_executed_once_for_all_experiments_and_calls(tmp_path, monkeypa
     monkeypatch.setattr(learning, "Run", FakeRun)
     monkeypatch.setattr(learning, "data_digest", lambda *world: str(world))
     size = learning.Size()
-    experiments = {name: learning.all_experiments(size)[name] for name in ("iterations", "estimators")}
+    experiments = {name: learning.all_experiments(size)[name] for name in ("iterations", "estimators", "estimation")}
     for _ in range(2):
         rows = learning.run_all(experiments, size, 1, 0, tmp_path)
     assert sorted(executed) == sorted(
         ["joint", "w/o selector", "w/o generator", "SFT only", "decoupled", "decoupled, documents labelled"]
         + ["rws", "vimco", "distinct", "rws_centered, m=2", "rws, m=2", "mean likelihood", "T=0.7"]
-        + ["T=0.7, not corrected", "E-step per 4 updates", "E-step per iteration (Algorithm 1)"]
+        + ["T=0.7, not corrected", "E-step per 4 updates", "Algorithm 1", "Algorithm 1, rws"]
     )
     counts = Counter((r["experiment"], r["setting"]) for r in rows)
     assert counts["iterations", "joint"] == counts["estimators", "rws_centered"] == 6
@@ -140,9 +142,35 @@ def test_runs_are_told_apart_by_all_that_changes_them(monkeypatch):
     size = learning.Size()
     settings = [setting for settings in learning.all_experiments(size).values() for setting in settings]
     joint = [s.name for s in settings if learning.run_id(s, size, 0, 0) == learning.run_id(settings[0], size, 0, 0)]
-    assert joint == ["joint", "rws_centered", "permutations, single-hop", "top 10", "all K documents"]
+    assert joint == ["joint", *2 * ["rws_centered"], "permutations, single-hop", "top 10", "all K documents"]
     ids = {learning.run_id(settings[0], s, w, seed) for s in (size, learning.QUICK) for w in (0, 1) for seed in (0, 1)}
     assert len(ids) == 8
+
+
+def test_settings_that_select_fewer_documents_are_shown_by_their_number(tmp_path):
+    from learning_report import write_report
+
+    scores = {"em": 0.5, "recall@1": 0.5, "iwae": -1.0, "seconds": 1.0}
+    rows = [
+        row(i, setting=setting, documents=documents - i, **scores)
+        for setting, documents in (("all", 3.0), ("cost 0.5", 2.0))
+        for i in (0, 1)
+    ]
+    assert tmp_path / "documents_world0.png" in write_report(rows, tmp_path)
+    assert re.search(r"\| cost 0.5 .* 1.00 \|    1.00 \| ", (tmp_path / "tables.md").read_text())
+    assert tmp_path / "documents_world0.png" not in write_report([r | {"documents": 3.0} for r in rows], tmp_path)
+
+
+def test_the_size_is_changed_by_name(tmp_path, monkeypatch, capsys):
+    import learning
+
+    sizes = []
+    monkeypatch.setattr(learning, "run_all", lambda experiments, size, *_: sizes.append(size) or [])
+    learning.main(["--quick", "--size", "updates=3", "num_eval=7", "--out", str(tmp_path)])
+    assert sizes == [replace(learning.QUICK, updates=3, num_eval=7)]
+    with pytest.raises(SystemExit):
+        learning.main(["--size", "batch=3", "--out", str(tmp_path)])
+    assert "--size batch=3: must be NAME=NUMBER, of Size(num_candidates=10" in capsys.readouterr().err
 
 
 def test_intervals_are_students():

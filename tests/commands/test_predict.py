@@ -158,3 +158,69 @@ def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tmp
 def test_settings_that_cannot_go_together_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PredictArguments(model="run", **settings)
+
+
+def with_bad_rows(path):
+    """Seven questions with three bad ones between them, and the numbers of those."""
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[0])
+    lines.insert(1, '{"question": "cut sho')
+    lines.insert(4, json.dumps({**record, "id": "empty", "question": " "}))
+    lines.insert(6, json.dumps({**record, "id": "long", "question": "who wrote it " * 2000}))
+    path.write_text("\n".join(lines) + "\n")
+    return [1, 4, 6]
+
+
+def test_a_bad_row_stops_before_weights_are_loaded_and_is_named(folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
+    bad = with_bad_rows(questions)
+    left = questions.read_text().splitlines()
+    names = ["row 1: .*line 2: is not valid JSON", r"row 3 \(id 'empty'\): .*", r"row 4 \(id"]
+    for number, named in zip(bad, names, strict=True):
+        with pytest.raises(DatasetError, match=f"{named}.*; or leave out such rows with --on_error skip") as error:
+            predict(arguments(folder, tmp_path, questions=str(questions)))
+        assert "\n" not in str(error.value)
+        left.pop(number - bad.index(number))
+        questions.write_text("\n".join(left) + "\n")
+    assert "selector: the prompt has " in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_skipped_rows_are_listed_and_the_others_answered_across_a_kill(
+    folder, questions, tmp_path, monkeypatch, capsys
+):
+    expected = predict(arguments(folder, tmp_path / "whole", questions=str(questions)))
+    bad = with_bad_rows(questions)
+    args = arguments(folder, tmp_path, questions=str(questions), tokens_per_batch=400, on_error="skip")
+    original, asked = RAGPipeline.__call__, []
+
+    def interrupted(self, questions, *args, **kwargs):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(questions)
+        return original(self, questions, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RAGPipeline, "__call__", interrupted)
+        predict(args)
+    predictions = predict(args)
+    assert [row["row"] for row in predictions] == [row for row in range(10) if row not in bad]
+    assert [row["id"] for row in predictions] == [f"q{i}" for i in range(7)]
+    assert [row["answer"] for row in predictions] == [row["answer"] for row in expected]
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in skipped] == [(1, None), (4, "empty"), (6, "long")]
+    assert "is not valid JSON" in skipped[0]["reason"] and "raise max_prompt_length" in skipped[2]["reason"]
+    assert "3 rows were skipped" in capsys.readouterr().out
+    monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
+    assert predict(args) == predictions
+
+
+def test_rows_of_a_saved_dataset_are_skipped_too_and_all_of_them_are_an_error(folder, tmp_path):
+    rows = make_dataset(3).to_list()
+    rows[1]["documents"] = []
+    make_dataset(1).from_list(rows).save_to_disk(tmp_path / "data")
+    args = arguments(folder, tmp_path, dataset_name=str(tmp_path / "data"), on_error="skip")
+    assert [row["row"] for row in predict(args)] == [0, 2]
+    make_dataset(1).from_list([{**row, "question": ""} for row in rows]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(DatasetError, match="none of the 3 rows of .* can be asked; row 0: "):
+        predict(arguments(folder, tmp_path, dataset_name=str(tmp_path / "empty"), on_error="skip"))

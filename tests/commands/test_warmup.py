@@ -144,6 +144,16 @@ def test_answers_are_limited_by_the_setting_that_dro_has(tmp_path, capsys):
         warm_up(*parse(tmp_path, "--max_answer_length", "1"))
 
 
+def test_rankings_are_of_any_length_that_is_allowed(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(warmup, "print_examples", shown.update)
+    for flags, num_lengths in (([], 1), (["--min_selected", "0"], 3)):
+        warm_up(*parse(tmp_path, *flags, "--seed", "1"))
+        assert len({sum(mask) for mask in shown["selector"]["completion_mask"]}) == num_lengths
+    with pytest.raises(ValueError, match="--min_selected 3: it must be at least 0 and at most 2"):
+        parse(tmp_path, "--min_selected", "3")
+
+
 def test_a_length_that_would_be_overwritten_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--max_length 99 would cut .* set --max_document_length"):
         warm_up(*parse(tmp_path, "--max_length", "99"))

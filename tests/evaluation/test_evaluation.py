@@ -9,6 +9,7 @@ from trl import TrlParser
 from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.commands.evaluate import EvaluationArguments, evaluate
 from trl_dro.data import DatasetError
+from trl_dro.evaluation import evaluation
 from trl_dro.evaluation.evaluation import evaluate as run
 
 from ..test_faults import make_trainer
@@ -242,3 +243,48 @@ def test_arguments_come_from_the_command_line():
         ["--model", "m", "--dataset_name", "d", "--context_reliance", "False", "--ranking_measures", "RR", "nDCG@5"]
     )
     assert args.context_reliance is False and args.ranking_measures == ["RR", "nDCG@5"]
+
+
+def test_bad_rows_are_skipped_and_counted_or_stop_before_weights_are_loaded(trained, tmp_path, monkeypatch, capsys):
+    folder, dataset, _ = trained
+    rows = dataset.to_list()
+    rows[2]["question"] = "who wrote it " * 2000  # too long
+    rows[5]["documents"] = rows[5]["documents"][:1]  # fewer than are selected
+    rows[7]["answers"] = []
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [row for row in range(12) if row not in (2, 5, 7)]
+
+    def arguments(**settings):
+        return EvaluationArguments(model=str(folder), device="cpu", **settings)
+
+    whole = arguments(dataset_name=str(tmp_path / "data"), output_dir=str(tmp_path / "whole"))
+    dataset.select(kept).save_to_disk(tmp_path / "data")
+    expected = evaluate(whole)
+    args = arguments(dataset_name=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "out"), tokens_per_batch=400)
+    with monkeypatch.context() as patch:
+        patch.setattr(RAGPipeline, "from_pretrained", None)
+        with pytest.raises(DatasetError, match="row 7: .*answers.*--on_error skip"):
+            evaluate(args)
+    args.on_error = "skip"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        score, scored = evaluation._score_batch, []
+
+        def interrupted(*given):
+            if scored:
+                raise KeyboardInterrupt
+            scored.append(given)
+            return score(*given)
+
+        patch.setattr(evaluation, "_score_batch", interrupted)
+        evaluate(args)
+    summary = evaluate(args)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == kept
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in skipped] == [2, 5, 7]
+    assert summary["num_skipped"] == 3 and expected["num_skipped"] == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["num_skipped"] == 3
+    for name in ("em", "f1", "recall@2"):
+        assert summary["metrics"][name] == expected["metrics"][name]
+    out = capsys.readouterr().out
+    assert "9 questions (3 skipped)" in out and "3 rows were skipped" in out

@@ -37,8 +37,10 @@ COMMANDS = {
     "train": f"train --dataset_name DATA --output_dir OUT --use_peft --max_steps 6 --num_permutations 2 {SIZES} "
     f"{TRAINING} --steps_per_estimation 3 --resume_from_checkpoint true",
     "warmup": f"warmup --dataset_name DATA --output_dir OUT --max_steps 4 {SIZES} {TRAINING}",
-    "evaluate": "evaluate SYSTEM --dataset_name DATA --output_dir OUT --tokens_per_batch 500 --device cpu",
-    "predict": "predict SYSTEM --dataset_name DATA --output_dir OUT --tokens_per_batch 500 --device cpu",
+    "evaluate": "evaluate SYSTEM --dataset_name BAD --output_dir OUT --tokens_per_batch 500 --device cpu "
+    "--on_error skip",
+    "predict": "predict SYSTEM --dataset_name BAD --output_dir OUT --tokens_per_batch 500 --device cpu "
+    "--on_error skip",
     "retrieve": "retrieve --questions QUESTIONS --corpus CORPUS --output_dir OUT --k 4 --cache_dir OUT-cache "
     "--shard_size 4 --batch_size 2",
 }
@@ -66,18 +68,25 @@ RESULTS = {
 
 
 def make_data(folder: Path) -> None:
-    """A dataset with candidates, and the same as questions and a corpus."""
+    """A dataset with candidates, the same with bad rows in between, and the same as questions and a corpus."""
     train, _, *_ = synthetic_world(16, 1, num_documents=4)
     train.save_to_disk(folder / "data")
     rows = train.to_list()
+    bad = [rows[0], {**rows[1], "question": ""}, *rows[2:9], {**rows[9], "answers": []}, *rows[10:]]
     passages = {document["id"]: document for row in rows for document in row["documents"]}
     questions = [{"question": row["question"], "answers": row["answers"]} for row in rows]
-    for name, values in (("questions", questions), ("corpus", passages.values())):
+    for name, values in (("questions", questions), ("corpus", passages.values()), ("bad", bad)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
 def arguments(command: str, folder: Path, out: Path) -> list[str]:
-    places = {"DATA": "data", "QUESTIONS": "questions.jsonl", "CORPUS": "corpus.jsonl", "SYSTEM": "warmup"}
+    places = {
+        "DATA": "data",
+        "BAD": "bad.jsonl",
+        "QUESTIONS": "questions.jsonl",
+        "CORPUS": "corpus.jsonl",
+        "SYSTEM": "warmup",
+    }
     words = COMMANDS[command].replace("OUT", str(out)).split()
     words += ["--base_model", str(TINY_MODEL)] if command in ("evaluate", "predict") else []
     return [str(folder / places[word]) if word in places else word for word in words]

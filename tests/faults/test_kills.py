@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from .kills import RESULTS, kill_and_compare, make_data, two_at_once
+from .kills import COMMANDS, RESULTS, kill_and_compare, make_data, two_at_once
 
 
 pytestmark = pytest.mark.slow
@@ -15,7 +15,9 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     make_data(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMMANDS, "warmup", f"{COMMANDS['warmup']} --max_steps 2")  # of either role
+        yield folder
 
 
 @pytest.mark.parametrize("command", ["warmup", *sorted(RESULTS.keys() - {"warmup"})])  # whose system the others ask

@@ -87,6 +87,16 @@ def warm_up_and_push(folder):
     return {"num_selected": pipe.config.num_selected}
 
 
+def push_everything(folder):
+    """All that is pushed, in one process: most of its time is its imports."""
+    folder = Path(folder)
+    return {
+        "run": push(folder / "run"),
+        "from a folder": push_from_folder(folder / "local"),
+        "warm-up": warm_up_and_push(folder / "warm"),
+    }
+
+
 def cut(number):
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/loopback/cuts/{number}", data=b"").close()
 

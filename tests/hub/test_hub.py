@@ -46,9 +46,14 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, tmp_path_factory):
+def everything(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("push")
-    return client(hub, folder / "home", "push", folder / "run")
+    return folder, client(hub, folder / "home", "push_everything", folder)
+
+
+@pytest.fixture(scope="module")
+def pushed(everything):
+    return everything[1]["run"]
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +106,13 @@ def test_the_card_tells_base_dataset_results_and_how_to_load(hub, pushed):
 
 
 @pytest.fixture(scope="module")
-def warmed_up(hub, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("warm")
-    return folder, client(hub, folder / "home", "warm_up_and_push", folder)
+def warmed_up(everything):
+    return everything[0] / "warm", everything[1]["warm-up"]
 
 
 @pytest.fixture(scope="module")
-def from_folder(hub, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("local")
-    return folder, client(hub, folder / "home", "push_from_folder", folder)
+def from_folder(everything):
+    return everything[0] / "local", everything[1]["from a folder"]
 
 
 def test_no_token_is_written_or_uploaded_by_any_command(hub, pushed, warmed_up, from_folder):

@@ -3,7 +3,7 @@ import pytest
 
 from trl_dro import LoadOptions, RAGPipeline
 
-from ..test_faults import make_trainer
+from ..test_faults import make_trainer, save_run_that_selects_none
 from ..trainer.test_dro_trainer import make_dataset
 
 
@@ -12,6 +12,16 @@ def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("integrations")
     make_trainer(folder).save_model()
     return RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def pipe_of_none(tmp_path_factory, record):
+    """A system whose selector selects nothing."""
+    folder = tmp_path_factory.mktemp("none")
+    save_run_that_selects_none(folder)
+    pipe = RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu"))
+    assert pipe.select([record["question"]], [record["documents"]]) == [[]]
+    return pipe
 
 
 @pytest.fixture(scope="session")

@@ -42,3 +42,7 @@ def test_it_runs_in_a_chain_and_asynchronously(pipe, record, selection, retrieve
 
 def test_nothing_retrieved_is_nothing_kept(pipe):
     assert DROCompressor(pipeline=pipe).compress_documents([], "who?") == []
+
+
+def test_a_selector_that_selects_none_keeps_none(pipe_of_none, record, retrieved):
+    assert DROCompressor(pipeline=pipe_of_none).compress_documents(retrieved, record["question"]) == []

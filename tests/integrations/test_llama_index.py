@@ -52,3 +52,7 @@ def test_no_question_is_an_error_and_no_node_is_none(pipe, nodes):
     with pytest.raises(ValueError, match="needs the question"):
         DROPostprocessor(pipeline=pipe).postprocess_nodes(nodes)
     assert DROPostprocessor(pipeline=pipe).postprocess_nodes([], query_str="who?") == []
+
+
+def test_a_selector_that_selects_none_keeps_none(pipe_of_none, record, nodes):
+    assert DROPostprocessor(pipeline=pipe_of_none).postprocess_nodes(nodes, query_str=record["question"]) == []

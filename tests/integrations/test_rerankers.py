@@ -44,3 +44,9 @@ def test_nothing_is_ranked_to_nothing_and_one_document_has_no_score(pipe):
     assert DRORanker(pipe).rank("who?", []).results_count() == 0
     with pytest.raises(ValueError, match="use rank"):
         DRORanker(pipe).score("who?", "a text")
+
+
+def test_where_none_is_selected_all_follow_as_they_came_without_scores(pipe_of_none, arguments):
+    results = DRORanker(pipe_of_none).rank(**arguments)
+    assert [result.doc_id for result in results] == arguments["doc_ids"]
+    assert [result.rank for result in results] == [1, 2, 3, 4] and {result.score for result in results} == {None}

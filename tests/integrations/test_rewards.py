@@ -50,6 +50,14 @@ def test_faults_of_form_cost_and_the_rest_is_read(pipe):
     assert reward(pipe, completions, format_penalty=2.0) == pytest.approx(expected, abs=1e-3)
 
 
+def test_where_none_may_be_selected_none_is_no_fault(pipe, pipe_of_none):
+    completions = ["", "[9]", "[3]", "[3] > [1] > [2]"]
+    read = [([], 0), ([], 1), ([3], 0), ([3, 1], 1)]
+    expected = [logp(pipe_of_none, z) - 2.0 * num_faults for z, num_faults in read]
+    assert reward(pipe_of_none, completions, format_penalty=2.0) == pytest.approx(expected, abs=1e-3)
+    assert reward(pipe, [""], format_penalty=2.0) == pytest.approx([logp(pipe, []) - 2 * 2.0], abs=1e-3)
+
+
 def test_batches_and_messages_do_not_matter(pipe):
     texts = ["[3] > [1]", "[2]", "[4] > [2]", "none", "[1] > [2]"]
     expected = reward(pipe, texts)

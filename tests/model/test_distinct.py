@@ -71,7 +71,11 @@ def test_pairs_are_drawn_as_without_replacement(kind, n, k):
 )
 def test_corrected_sums_are_unbiased(kind, temperature, prior):
     """For f that is 1 at one permutation the sum estimates its probability, whatever was drawn from."""
-    logits = None if prior is None else [retriever_logits([3, 1, 4, 2], prior)] * 1000
+    logits = (
+        None
+        if prior is None
+        else [retriever_logits({"documents": [{}] * 4, "retrieval_ranks": [3, 1, 4, 2]}, prior)] * 1000
+    )
     samples, everything, logps = draw_often(kind, 4, 2, 4, 1000, temperature=temperature, document_logits=logits)
     if prior is not None:
         tokenizer = TOKENIZERS[kind]()

@@ -16,6 +16,11 @@ from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama, word_level_toke
 CPU = torch.device("cpu")
 
 
+def ranked_logits(ranks, strength):
+    ranks = list(ranks)
+    return retriever_logits({"documents": [{}] * len(ranks), "retrieval_ranks": ranks}, strength)
+
+
 def enumerate_logps(model, codec, prompt, permutations, num_documents, **kwargs):
     rows = len(permutations)
 
@@ -67,7 +72,7 @@ def test_with_a_prior_probabilities_of_all_permutations_still_sum_to_one(kind):
     prompt = tokenizer("Question: who wrote the book?").input_ids
     for n, k, strength in ((12, 2, 1.0), (12, 2, 40.0), (4, 3, 2.5)):
         codec = PermutationCodec(tokenizer, 12, num_selected=k)
-        prior = retriever_logits(random.Random(n).sample(range(1, n + 1), n), strength)
+        prior = ranked_logits(random.Random(n).sample(range(1, n + 1), n), strength)
         everything = list(itertools.permutations(range(1, n + 1), k))
         with torch.no_grad():
             logps = enumerate_logps(
@@ -81,7 +86,7 @@ def test_a_prior_multiplies_the_models_own_choice_where_an_id_is_one_choice():
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 12, num_selected=1)
     prompt, everything = tokenizer("Question: who?").input_ids, [[i] for i in range(1, 13)]
-    prior = retriever_logits(range(12, 0, -1), 1.5)
+    prior = ranked_logits(range(12, 0, -1), 1.5)
     with torch.no_grad():
         alone = enumerate_logps(model, codec, prompt, everything, 12)
         actual = enumerate_logps(model, codec, prompt, everything, 12, document_logits=[prior] * 12)
@@ -91,7 +96,7 @@ def test_a_prior_multiplies_the_models_own_choice_where_an_id_is_one_choice():
 def test_an_id_of_several_tokens_gets_its_prior_where_the_model_is_indifferent_among_those_that_begin_alike():
     """A token's prior is the mean over what it can become, so that the parts multiply to that of the id."""
     codec = PermutationCodec(bpe_tokenizer(split_digits=True), 12, num_selected=1)
-    prior = retriever_logits(random.Random(0).sample(range(1, 13), 12), 2.0)
+    prior = ranked_logits(random.Random(0).sample(range(1, 13), 12), 2.0)
     logps = []
     for i in range(1, 13):
         _, branches = codec.encode([i], 12, prior)
@@ -115,7 +120,7 @@ def test_a_prior_of_zero_is_the_model_alone_bit_for_bit(kind):
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 12, num_selected=3)
     prompt, permutations = tokenizer("Question: who?").input_ids, [[1, 12, 3], [11, 1, 10]]
-    prior = retriever_logits(range(1, 13), 0.0)
+    prior = ranked_logits(range(1, 13), 0.0)
     alone = enumerate_logps(model, codec, prompt, permutations, 12)
     assert torch.equal(alone, enumerate_logps(model, codec, prompt, permutations, 12, document_logits=[prior] * 2))
 
@@ -133,7 +138,7 @@ def test_gradient_with_a_prior_is_that_of_the_enumerated_distribution(kind):
     model = tiny_llama(tokenizer).double()
     codec = PermutationCodec(tokenizer, 12, num_selected=2)
     prompt, everything = tokenizer("Question: who?").input_ids, list(itertools.permutations(range(1, 12), 2))
-    prior = retriever_logits(random.Random(1).sample(range(1, 12), 11), 1.0)
+    prior = ranked_logits(random.Random(1).sample(range(1, 12), 11), 1.0)
     logps = enumerate_logps(model, codec, prompt, everything, 11, document_logits=[prior] * len(everything))
     weight = model.get_output_embeddings().weight
 
@@ -159,7 +164,7 @@ def test_probabilities_of_permutations_of_all_lengths_sum_to_one(kind, min_selec
         codec = PermutationCodec(tokenizer, 12, k, min_selected)
         everything = all_lengths(n, min_selected, k)
         assert len(everything) == codec.num_permutations(n)
-        prior = [retriever_logits(range(n, 0, -1), strength)] * len(everything)
+        prior = [ranked_logits(range(n, 0, -1), strength)] * len(everything)
         with torch.no_grad():
             logps = enumerate_logps(model, codec, prompt, everything, n, document_logits=prior)
         assert logps.double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -171,7 +176,7 @@ def test_a_prior_says_which_documents_and_not_how_many():
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 4, 2, 0)
     prompt, everything = tokenizer("Question: who?").input_ids, all_lengths(4, 0, 2)
-    prior = [retriever_logits([3, 1, 4, 2], 2.0)] * len(everything)
+    prior = [ranked_logits([3, 1, 4, 2], 2.0)] * len(everything)
     with torch.no_grad():
         alone = enumerate_logps(model, codec, prompt, everything, 4)
         actual = enumerate_logps(model, codec, prompt, everything, 4, document_logits=prior)
@@ -195,5 +200,5 @@ def test_permutations_of_every_length_round_trip(kind):
 
 
 def test_the_retrievers_prior_is_one_over_the_rank_to_the_power_of_its_strength():
-    weights = torch.tensor(retriever_logits([3, 1, 2], strength=2.0)).exp()
+    weights = torch.tensor(ranked_logits([3, 1, 2], strength=2.0)).exp()
     torch.testing.assert_close(weights, torch.tensor([1 / 9, 1.0, 1 / 4]))

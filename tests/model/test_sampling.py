@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 ALL_12 = list(itertools.permutations(range(1, 5), 2))
 
 
+def ranked(ranks, strength):
+    ranks = list(ranks)
+    return retriever_logits({"documents": [{}] * len(ranks), "retrieval_ranks": ranks}, strength)
+
+
 def draw(model, codec, prompts, sizes, *args, forward=None, **kwargs):
     packed = PackedModel(forward or model, model.config, 0, CPU, model.dtype)
     with torch.no_grad():
@@ -161,7 +166,7 @@ def test_with_a_prior_sampled_log_probabilities_equal_scored_ones(kind):
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 20, num_selected=3)
     prompts = [tokenizer(text).input_ids for text in ("Question: who?", "Question: who wrote the book in Paris?")]
-    priors = [retriever_logits(random.Random(n).sample(range(1, n + 1), n), 1.5) for n in (20, 13)]
+    priors = [ranked(random.Random(n).sample(range(1, n + 1), n), 1.5) for n in (20, 13)]
     samples = draw(model, codec, prompts, [20, 13], 6, temperature=1.3, document_logits=priors)
     for i, n in enumerate((20, 13)):
         permutations = samples.permutations[i].tolist()
@@ -184,7 +189,7 @@ def test_a_strong_prior_is_the_retrievers_order(kind):
             [20],
             2,
             greedy=greedy,
-            document_logits=[retriever_logits(ranks, 1000.0)],
+            document_logits=[ranked(ranks, 1000.0)],
         )
         assert samples.permutations.tolist() == [[expected] * 2]
 
@@ -193,7 +198,7 @@ def test_a_prior_of_zero_draws_what_is_drawn_without():
     tokenizer = bpe_tokenizer(split_digits=True)
     model = tiny_llama(tokenizer)
     codec = PermutationCodec(tokenizer, 20, num_selected=4)
-    prompt, zero = tokenizer("Question: who?").input_ids, retriever_logits(range(1, 21), 0.0)
+    prompt, zero = tokenizer("Question: who?").input_ids, ranked(range(1, 21), 0.0)
     without, with_zero = (
         draw(model, codec, [prompt], [20], 8, seeds=[3], document_logits=prior) for prior in (None, [zero])
     )

@@ -5,9 +5,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from trl_dro import RAGPipeline
+from trl_dro import LoadOptions, RAGPipeline
+from trl_dro.system.pipeline import RAGOutput
 
+from ..test_faults import save_run_that_selects_none
 from .serving import RECORDS, REQUEST, Broken, Gate, Server, Slow, until
 
 
@@ -207,3 +210,19 @@ def test_a_server_with_requests_under_way_stops(pipe):
         server.send()
         start = time.monotonic()
     assert time.monotonic() - start < 5
+
+
+def test_where_none_is_selected_the_reply_names_no_document(tmp_path):
+    save_run_that_selects_none(tmp_path)
+    pipe = RAGPipeline.from_pretrained(tmp_path, options=LoadOptions(device="cpu"))
+    expected = pipe(**REQUEST)
+    with torch.no_grad():
+        alone = pipe.rag.answer([REQUEST], torch.zeros(1, 2, dtype=torch.long), 6)
+    assert expected == RAGOutput(alone[0], []) and alone[0]
+    with Server(pipe) as server:
+        assert json.loads(server.ask()[1]) == {"answer": expected.answer, "documents": []}
+        lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
+    assert lines[0] == {"documents": []}
+    assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+    stream = pipe.stream(**REQUEST)
+    assert stream.documents == [] and "".join(stream.pieces).strip() == expected.answer

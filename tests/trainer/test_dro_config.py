@@ -58,6 +58,7 @@ IMPOSSIBLE = [
     ({"document_cost": -0.1}, "document_cost=-0.1: it must be a finite number of at least 0"),
     ({"retriever_prior": -0.5}, "retriever_prior=-0.5: it must be a finite number of at least 0"),
     ({"retriever_prior": math.inf}, "retriever_prior=inf: it must be a finite number"),
+    ({"retriever_prior_from": "order"}, "retriever_prior_from='order': choose one of rank, score"),
     (
         {"retriever_prior": 1.0, "selector_likelihood": "full_vocabulary", "selector_estimator": "rws"},
         "set retriever_prior=0",

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 
 from trl_dro import DROConfig, DROTrainer, LoadOptions, RAGPipeline
 from trl_dro._trl_compat import _BaseTrainer
+from trl_dro.data.schema import DatasetError
 from trl_dro.model.roles import ROLES, RolePair
 
 from ..data.test_schema import MALFORMED
@@ -514,6 +515,34 @@ def test_gradient_matches_enumeration_with_the_retrievers_prior(make_trainer):
     run_step(trainer)
     errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
     assert errors["generator"] < 0.05 and errors["selector"] < 0.25
+
+
+def scored(dataset, scores):
+    """Records whose candidates have these scores, in order."""
+
+    def give(record):
+        documents = [{**d, "score": score} for d, score in zip(record["documents"], scores, strict=True)]
+        return {"documents": documents}
+
+    return Dataset.from_list([record | give(record) for record in dataset.to_list()])
+
+
+def test_a_prior_of_scores_follows_the_candidates_and_their_margins(make_trainer):
+    trainer = make_trainer(
+        scored(make_dataset(4), [1.0, 9.0, 2.0, 8.0]), retriever_prior=300.0, retriever_prior_from="score"
+    )
+    run_step(trainer)
+    for estimate in [part for parts in trainer._estimates for part in parts]:
+        for order, permutations in zip(estimate.orders, estimate.samples.permutations.tolist(), strict=True):
+            assert [[order[i - 1] for i in z] for z in permutations] == [[1, 3]] * 4
+
+
+@pytest.mark.parametrize("score", [None, 0.0, -1.0])
+def test_a_prior_of_scores_refuses_candidates_without_any(make_trainer, score):
+    with pytest.raises(DatasetError, match="train_dataset, row 0: document 2 of question .*choose 'rank'"):
+        make_trainer(
+            scored(make_dataset(2), [3.0, score, 2.0, 1.0]), retriever_prior=1.0, retriever_prior_from="score"
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}, {"selector_estimator": "rws", "num_permutations": 14}])

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -54,6 +55,16 @@ def test_the_selector_sees_the_prompt_of_the_candidates_in_the_order_that_the_id
             assert f"[{number}] {record['documents'][rank]['title']}" in text
         orders.append(permutation)
     assert len(set(map(tuple, orders))) > 20  # shuffled
+
+
+def test_a_selector_that_may_end_is_taught_to_end_anywhere(records):
+    tokenizer = TOKENIZERS["byte-level BPE, whole numbers"]()
+    codec = PermutationCodec(tokenizer, 8, NUM_SELECTED, min_selected=0)
+    prompts = PromptBuilder(tokenizer, SELECTOR_TEMPLATE, NUM_SELECTED)
+    rows = selector_examples(records * 5, prompts, codec, rank_noise=0.0, shuffle_candidates=False)
+    taught = [codec.decode(completion(row)) for row in rows]
+    assert all(permutation == [1, 2, 3][: len(permutation)] for permutation in taught)
+    assert all(count > 30 for count in Counter(map(len, taught)).values()) and len(set(map(len, taught))) == 4
 
 
 def test_noise_makes_the_teacher_mediocre_but_not_random(records):

@@ -10,7 +10,7 @@ import sys
 from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 from trl import TrlParser
@@ -164,6 +164,9 @@ class QuestionArguments(LoadArguments):
             Candidates per question, n, instead of the trained system's.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Prompt tokens computed at a time; halved where memory runs out.
+        on_error (`str`, *optional*, defaults to `"stop"`):
+            What becomes of rows that cannot be asked, as they are broken or too long: `"stop"` for an error before any
+            weights are loaded, `"skip"` to list them in `skipped.jsonl` and do the others.
     """
 
     questions: str | None = field(
@@ -175,6 +178,10 @@ class QuestionArguments(LoadArguments):
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
+    on_error: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "Rows that cannot be asked: stop before loading, or skip and list them in skipped.jsonl."},
+    )
 
     def __post_init__(self):
         check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)

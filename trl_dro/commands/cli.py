@@ -80,10 +80,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"trl-dro: there is no command {name!r}{hint}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    # What libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hush_libraries()
     debug = "--debug" in arguments
     arguments = [each for each in arguments if each != "--debug"]
     check_usage(name, arguments)
@@ -106,6 +103,13 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
         )
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
+
+
+def hush_libraries() -> None:
+    """Silences what libraries tell their own callers, and that a faster 4-bit product for CPUs could be installed."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    warnings.filterwarnings("ignore", "'pin_memory' argument", category=UserWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def print_commands() -> None:

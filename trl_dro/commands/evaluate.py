@@ -5,24 +5,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
-
 from ..data import load_records, read_corpus, read_questions
-from ..data.resumable import write_json
-from ..data.schema import DatasetError
+from ..data.resumable import SKIPPED_FILE, write_json
+from ..data.schema import REQUIRED_COLUMNS, BadRow, DatasetError, check_record, check_types, require_columns
+from ..data.storage import content_key
 from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..evaluation.scoring import Selection
 from ..evaluation.summary import load_baseline, print_report, summarize
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
+from ..system.questions import Questions
 from ..system.rag_config import RAGConfig
-from ..system.run_folder import system_stamp
+from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments, check_range
 
 
 # Arguments that do not change the result of a question.
-_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures")
+_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures", "on_error")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,8 @@ class EvaluationArguments(QuestionArguments):
         generator (`str`, *optional*):
             Generator, if not that of `model`: a run, adapter or model.
         output_dir (`str`, *optional*, defaults to `"evaluation"`):
-            Folder of `questions.jsonl`, `summary.json` and `settings.json`. What is there already is not done again.
+            Folder of `questions.jsonl`, `summary.json`, `settings.json` and, of rows that were left out,
+            `skipped.jsonl`. What is there already is not done again.
         baseline (`str`, *optional*):
             Folder of another evaluation of the same questions, to compare with.
         num_selected (`int`, *optional*):
@@ -97,54 +98,78 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             System and dataset.
 
     Returns:
-        `dict[str, Any]`: the summary, see [`~evaluation.summary.summarize`].
+        `dict[str, Any]`: the summary, see [`~evaluation.summary.summarize`], and `num_skipped`, the rows left out.
 
     Raises:
-        `DatasetError`: the dataset is malformed, or the baseline is of other questions.
+        `DatasetError`: the dataset is malformed, a row is and `on_error` is `"stop"`, or all are, or the baseline is
+            of other questions.
         `ValueError`: a model cannot be found, or `output_dir` holds another evaluation.
     """
     selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
-    dataset = _load_dataset(args)
+    sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
+    options = args.load_options()
+    # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so beside
+    # the generator's own.
+    system: dict[str, Any] = {
+        "path": cast(str, args.generator or args.model),
+        "selector": (args.selector or (args.model if args.generator else None)) if selection == "selector" else None,
+        "revision": args.revision,
+        "base_model": args.base_model,
+        "options": options,
+        **{name: value for name, value in sizes.items() if value is not None},
+    }
+    questions = _load_questions(args)
+    found = find_system(**system)
+    questions.check(
+        [name for name in (*REQUIRED_COLUMNS, "positive_ids") if name in questions.dataset.column_names],
+        lambda record, where: check_record(record, where, found.config.num_selected),
+    )
+    questions.check_lengths(found, options)
+    questions.settle(args.on_error)
+    dataset = questions.dataset
     if args.ranking_measures and "positive_ids" not in dataset.column_names:
         raise DatasetError("--ranking_measures need a column positive_ids, which the dataset has not: leave them out")
-
-    def load() -> RAGPipeline:
-        sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
-        # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so
-        # beside the generator's own.
-        selector = (args.selector or (args.model if args.generator else None)) if selection == "selector" else None
-        return RAGPipeline.from_pretrained(
-            cast(str, args.generator or args.model),
-            selector=selector,
-            revision=args.revision,
-            base_model=args.base_model,
-            options=args.load_options(),
-            **{name: value for name, value in sizes.items() if value is not None},
-        )
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
     selector = (args.selector or args.model) if selection == "selector" else None
     asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
+    if questions.skipped:
+        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
     rows = evaluation.evaluate(
-        load, dataset, args.output_dir, selection, args.context_reliance, args.tokens_per_batch, asked
+        lambda: RAGPipeline.from_pretrained(**system),
+        dataset,
+        args.output_dir,
+        selection,
+        args.context_reliance,
+        args.tokens_per_batch,
+        asked,
+        questions.skipped,
     )
     baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
-    summary = summarize(rows, baseline, args.ranking_measures)
+    summary = {**summarize(rows, baseline, args.ranking_measures), "num_skipped": len(questions.skipped)}
     write_json(Path(args.output_dir) / SUMMARY_FILE, {**summary, "settings": asked, "baseline": args.baseline})
     print_report(summary, args.baseline)
     print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
+    if questions.skipped:
+        print(f"{len(questions.skipped):,} rows were skipped: {args.output_dir}/{SKIPPED_FILE} says why.")
     return summary
 
 
-def _load_dataset(args: EvaluationArguments) -> Dataset:
+def _load_questions(args: EvaluationArguments) -> Questions:
+    bad_rows: list[BadRow] = []
     if args.dataset_name is not None:
-        dataset = load_records(args.dataset_name, args.dataset_split)
+        name = args.dataset_name
+        questions = Questions(load_records(name, args.dataset_split, bad_rows), bad_rows, name)
     else:
-        questions = read_questions(cast(str, args.questions))
-        if args.max_questions is not None:
-            questions = questions.select(range(min(args.max_questions, len(questions))))
-        retriever = BM25Retriever(read_corpus(cast(str, args.corpus)))
-        dataset = retrieve_candidates(questions, retriever, args.max_candidates or RAGConfig.max_candidates)
-    if args.max_questions is None:
-        return dataset
-    return dataset.select(range(min(args.max_questions, len(dataset))))
+        name = cast(str, args.questions)
+        questions = Questions(read_questions(name, bad_rows), bad_rows, name)
+    if args.max_questions is not None:
+        questions.keep_first(args.max_questions)
+    questions.settle(args.on_error)
+    if args.corpus is not None:
+        retriever = BM25Retriever(read_corpus(args.corpus))
+        k = args.max_candidates or RAGConfig.max_candidates
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
+    require_columns(questions.dataset, REQUIRED_COLUMNS, name)
+    check_types(questions.dataset.features, name)
+    return questions

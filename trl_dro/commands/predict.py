@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from ..data import DatasetError, load_records, read_corpus, read_open_questions
-from ..data.resumable import complete_rows, fingerprint
-from ..data.schema import check_documents, check_question
+from ..data.resumable import SKIPPED_FILE, complete_rows, fingerprint
+from ..data.schema import BadRow, check_documents, check_question
+from ..data.storage import content_key
 from ..evaluation.evaluation import batches
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.pipeline import RAGPipeline
+from ..system.questions import Questions
 from ..system.rag_config import RAGConfig
-from ..system.run_folder import system_stamp
+from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments
 
 
@@ -31,7 +31,8 @@ class PredictArguments(QuestionArguments):
         questions (`str`, *optional*):
             Questions, jsonl with `question`, and with `documents` unless there is a `corpus`.
         output_dir (`str`, *optional*, defaults to `"predictions"`):
-            Folder of `predictions.jsonl` and `settings.json`. What is there already is not done again.
+            Folder of `predictions.jsonl`, `settings.json` and, of rows that were left out, `skipped.jsonl`. What is
+            there already is not done again.
     """
 
     questions: str | None = field(
@@ -63,55 +64,72 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
     Returns:
         `list[dict]`: for each question its `row`, `id`, `question`, `answer`, and of the selected documents, best
         first, `selected` (places among the candidates, from 1), `selected_ids`, `selected_titles`, `selected_texts`
-        and `probabilities`, each that of the document being chosen next.
+        and `probabilities`, each that of the document being chosen next. Rows that are skipped are not among them.
 
     Raises:
-        `DatasetError`: a question is malformed, or has no documents.
+        `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
         `ValueError`: the system cannot be found, or `output_dir` holds other answers.
     """
-    dataset = _load_questions(args)
+    questions = _load_questions(args)
+    sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
+    options = args.load_options()
+    system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
+    questions.check_lengths(system, options)
+    questions.settle(args.on_error)
+    dataset = questions.dataset
 
     def work(left: list[int]) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-        sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
         pipe = RAGPipeline.from_pretrained(
-            str(args.model), args.selector, None, args.revision, args.base_model, args.load_options(), **sizes
+            str(args.model), args.selector, None, args.revision, args.base_model, options, **sizes
         )
         for rows, records in batches(pipe, dataset, left, args.tokens_per_batch):
-            questions, documents = ([record[name] for record in records] for name in ("question", "documents"))
-            outputs = pipe(questions, documents, batch_size=len(rows))
+            asked_now, documents = ([record[name] for record in records] for name in ("question", "documents"))
+            outputs = pipe(asked_now, documents, batch_size=len(rows))
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
     asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
     asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
+    if questions.skipped:
+        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
     path = Path(args.output_dir) / PREDICTIONS_FILE
-    predictions = complete_rows(path, len(dataset), asked, work, "Answering")
+    predictions = complete_rows(path, len(dataset), asked, work, "Answering", questions.skipped)
     print(f"{len(predictions):,} answers are in {path}")
+    if questions.skipped:
+        print(f"{len(questions.skipped):,} rows were skipped: {path.with_name(SKIPPED_FILE)} says why")
     return predictions
 
 
 # What does not change an answer.
-_NOT_COMPARED = ("output_dir", "tokens_per_batch", "device")
+_NOT_COMPARED = ("output_dir", "tokens_per_batch", "device", "on_error")
 
 
-def _load_questions(args: PredictArguments) -> Dataset:
+def _load_questions(args: PredictArguments) -> Questions:
+    bad_rows: list[BadRow] = []
     if args.dataset_name is not None:
-        dataset, name = load_records(args.dataset_name, args.dataset_split), args.dataset_name
+        dataset, name = load_records(args.dataset_name, args.dataset_split, bad_rows), args.dataset_name
     else:
-        dataset, name = read_open_questions(str(args.questions)), str(args.questions)
+        dataset, name = read_open_questions(str(args.questions), bad_rows), str(args.questions)
+    questions = Questions(dataset, bad_rows, name)
     if args.max_questions is not None:
-        dataset = dataset.select(range(min(args.max_questions, len(dataset))))
+        questions.keep_first(args.max_questions)
+    questions.settle(args.on_error)
     if args.corpus is not None:
         retriever = BM25Retriever(read_corpus(args.corpus))
-        return retrieve_candidates(dataset, retriever, args.max_candidates or RAGConfig.max_candidates)
+        k = args.max_candidates or RAGConfig.max_candidates
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
+        return questions
     for column in ("question", "documents"):
         if column not in dataset.column_names:
             hint = "; pass --corpus to retrieve them" if column == "documents" and args.questions else ""
             raise DatasetError(f"{name} has no {column}{hint}")
-    for row, record in enumerate(dataset.select_columns(["question", "documents"])):
-        check_question(record["question"], f"{name}, row {row}")
-        check_documents(record["documents"], f"{name}, row {row}", num_selected=1)
-    return dataset
+
+    def check(record: dict[str, Any], where: str) -> None:
+        check_question(record["question"], where)
+        check_documents(record["documents"], where, num_selected=1)
+
+    questions.check(["question", "documents"], check)
+    return questions
 
 
 def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:

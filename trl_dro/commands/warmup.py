@@ -63,6 +63,9 @@ class WarmUpArguments(LaunchArguments):
             Noise in the teacher's ranks.
         num_selected (`int`, *optional*, defaults to `5`):
             Documents in a permutation, K.
+        min_selected (`int`, *optional*):
+            Fewest documents in a permutation, where DRO is to train a selector that may end early: its rankings are
+            then cut to random lengths. As many as `num_selected` by default.
         max_candidates (`int`, *optional*, defaults to `20`):
             Candidates shown to the selector, n.
         max_document_length (`int`, *optional*):
@@ -84,6 +87,9 @@ class WarmUpArguments(LaunchArguments):
     )
     rank_noise: float = field(default=0.0, metadata={"help": "Noise in the teacher's ranks."})
     num_selected: int = field(default=5, metadata={"help": "Documents in a permutation, K."})
+    min_selected: int | None = field(
+        default=None, metadata={"help": "Fewest documents in a permutation; rankings are cut to random lengths."}
+    )
     max_candidates: int = field(default=20, metadata={"help": "Candidates shown to the selector, n."})
     max_document_length: int | None = field(default=None, metadata={"help": "Longest document in tokens."})
     max_answer_length: int | None = field(
@@ -99,6 +105,7 @@ class WarmUpArguments(LaunchArguments):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)
         check_range(self, ["num_selected", "max_document_length", "max_answer_length"], 1)
+        check_range(self, ["min_selected"], 0, self.num_selected)
         check_range(self, ["max_candidates"], self.num_selected)
 
 
@@ -177,7 +184,7 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
 
 def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Dataset]:
     """Prompts and completions of each role, as token ids."""
-    codec = PermutationCodec(tokenizer, args.max_candidates, args.num_selected)
+    codec = PermutationCodec(tokenizer, args.max_candidates, args.num_selected, args.min_selected)
     prompts = {
         role: PromptBuilder(
             tokenizer,

@@ -2,14 +2,16 @@
 """Readers of questions and records, from files, folders and the Hub."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from .lines import as_identifier, first_line, read_jsonl, require_file, require_key
+from .lines import as_identifier, first_line, read_numbered, require_file, require_key
 from .schema import (
+    BadRow,
     DatasetError,
     build_dataset,
     check_answers,
@@ -17,76 +19,84 @@ from .schema import (
     check_positive_ids,
     check_question,
     check_record,
+    collecting,
 )
 
 
-def read_questions(path: str | os.PathLike) -> Dataset:
+def read_questions(path: str | os.PathLike, bad_rows: list[BadRow] | None = None) -> Dataset:
     """Reads questions and their gold answers from a JSON Lines file.
 
     Args:
         path (`str` or `os.PathLike`): file with one object per line, with the keys `question` and `answers` (or
             `golden_answers`, as FlashRAG names them), and optionally `id` and `positive_ids`.
+        bad_rows (`list[BadRow]`, *optional*): list to which broken rows are added, which are then left out.
 
     Returns:
         `Dataset`: columns `question`, `answers`, and those of `id`, `positive_ids` that the first line has.
 
     Raises:
-        `DatasetError`: the file is missing or empty, or a line is broken; the message names the line and the cure.
+        `DatasetError`: the file is missing or empty, or a line is broken and `bad_rows` is `None`, or all are; the
+            message names the line and the cure.
     """
 
-    def questions() -> Iterator[dict[str, Any]]:
-        for where, row in read_jsonl(path):
-            if "answers" not in row and "golden_answers" in row:
-                row["answers"] = row["golden_answers"]
-            require_key(row, "question", where)
-            require_key(row, "answers", where)
-            check_question(row["question"], where)
-            check_answers(row["answers"], where)
-            check_positive_ids(row.get("positive_ids"), where)
-            if "id" in row:
-                row["id"] = as_identifier(row["id"], where)
-            yield row
+    def check(row: dict[str, Any], where: str) -> dict[str, Any]:
+        if "answers" not in row and "golden_answers" in row:
+            row["answers"] = row["golden_answers"]
+        require_key(row, "question", where)
+        require_key(row, "answers", where)
+        check_question(row["question"], where)
+        check_answers(row["answers"], where)
+        check_positive_ids(row.get("positive_ids"), where)
+        if "id" in row:
+            row["id"] = as_identifier(row["id"], where)
+        return row
 
-    return build_dataset(questions())
+    return _build(path, check, bad_rows)
 
 
-def read_open_questions(path: str | os.PathLike) -> Dataset:
+def read_open_questions(path: str | os.PathLike, bad_rows: list[BadRow] | None = None) -> Dataset:
     """Reads questions to be answered, whose answers nobody knows, from a JSON Lines file.
 
     Args:
         path (`str` or `os.PathLike`): file with one object per line, with the key `question`, and optionally `id` and
             `documents`, the candidates in retrieval order.
+        bad_rows (`list[BadRow]`, *optional*): list to which broken rows are added, which are then left out.
 
     Returns:
         `Dataset`: columns `question`, and those of `id`, `documents` that the first line has.
 
     Raises:
-        `DatasetError`: the file is missing or empty, or a line is broken; the message names the line and the cure.
+        `DatasetError`: the file is missing or empty, or a line is broken and `bad_rows` is `None`, or all are; the
+            message names the line and the cure.
     """
+    columns: set[str] = set()
 
-    def questions() -> Iterator[dict[str, Any]]:
-        columns: set[str] = set()
-        for where, row in read_jsonl(path):
-            require_key(row, "question", where)
-            check_question(row["question"], where)
-            columns = columns or {"question", *({"id", "documents"} & row.keys())}
-            if "documents" in columns:
-                require_key(row, "documents", where)
-                check_documents(row["documents"], where, num_selected=1)
-            if "id" in columns:
-                row["id"] = as_identifier(row["id"], where) if "id" in row else None
-            yield {column: row[column] for column in columns}
+    def check(row: dict[str, Any], where: str) -> dict[str, Any]:
+        require_key(row, "question", where)
+        check_question(row["question"], where)
+        asked = columns or {"question", *({"id", "documents"} & row.keys())}
+        if "documents" in asked:
+            require_key(row, "documents", where)
+            check_documents(row["documents"], where, num_selected=1)
+        if "id" in asked:
+            row["id"] = as_identifier(row["id"], where) if "id" in row else None
+        columns.update(asked)  # of the first row that is sound
+        return {column: row[column] for column in columns}
 
-    return build_dataset(questions())
+    return _build(path, check, bad_rows)
 
 
-def load_records(path_or_id: str | os.PathLike, split: str | None = None) -> Dataset:
+def load_records(
+    path_or_id: str | os.PathLike, split: str | None = None, bad_rows: list[BadRow] | None = None
+) -> Dataset:
     """Loads a dataset of records from a folder, a file or the Hub.
 
     Args:
         path_or_id (`str` or `os.PathLike`): a folder written by `Dataset.save_to_disk`, a `.jsonl` file with one
             record per line, a `.parquet` file, or the id of a dataset on the Hub.
         split (`str`, *optional*): split to take where there are several; ignored for a file or folder without splits.
+        bad_rows (`list[BadRow]`, *optional*): list to which broken rows of a `.jsonl` file are added, which are then
+            left out.
 
     Returns:
         `Dataset`: the records. Those of a `.jsonl` file are checked here, because only here a line can be named;
@@ -109,7 +119,7 @@ def load_records(path_or_id: str | os.PathLike, split: str | None = None) -> Dat
                 f"folder {path} cannot be read as a dataset ({first_line(error)}); write or copy it again"
             ) from error
     elif path.suffix in (".jsonl", ".json"):
-        return build_dataset(_checked_records(path))
+        return _build(path, _check_record, bad_rows)
     elif path.suffix == ".parquet":
         require_file(path)
         try:
@@ -137,11 +147,38 @@ def load_records(path_or_id: str | os.PathLike, split: str | None = None) -> Dat
     return loaded
 
 
-def _checked_records(path: Path) -> Iterator[dict[str, Any]]:
-    for where, row in read_jsonl(path):
-        for key in ("question", "answers", "documents"):
-            require_key(row, key, where)
-        check_record(row, where)
-        if "id" in row:
-            row["id"] = as_identifier(row["id"], where)
-        yield row
+def _check_record(row: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("question", "answers", "documents"):
+        require_key(row, key, where)
+    check_record(row, where)
+    if "id" in row:
+        row["id"] = as_identifier(row["id"], where)
+    return row
+
+
+def _build(
+    path: str | os.PathLike,
+    check: Callable[[dict[str, Any], str], dict[str, Any]],
+    bad_rows: list[BadRow] | None,
+) -> Dataset:
+    """Dataset of the rows of a JSON Lines file that pass a check, all of them questions or all of them dialogues."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        dialogues: bool | None = None
+        for number, where, row in read_numbered(path, bad_rows):
+            with collecting(bad_rows, number, row.get("id")):
+                checked = check(row, where)
+                is_dialogue = isinstance(checked["question"], list)
+                if is_dialogue is not (is_dialogue if dialogues is None else dialogues):
+                    raise DatasetError(
+                        f"{where}, column question: is {'a list of messages' if is_dialogue else 'a text'}, but in "
+                        f"the lines before {'a text' if is_dialogue else 'a list of messages'}; use one form for all"
+                    )
+                dialogues = is_dialogue
+                yield checked
+
+    sound = rows()
+    first = next(sound, None)
+    if first is None and bad_rows:
+        raise DatasetError(f"none of the {len(bad_rows)} rows can be used; the first: {bad_rows[0].reason}")
+    return build_dataset(chain([] if first is None else [first], sound))

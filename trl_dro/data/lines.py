@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """Lines of plain or gzipped text files and rows of datasets, with the place of each for error messages."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -12,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .schema import DatasetError
+from .schema import BadRow, DatasetError, collecting
 
 
 # A text longer than Python's limit of 128 KiB for one field is not an error here.
@@ -36,6 +37,21 @@ def read_lines(path: str | os.PathLike, show_progress: bool = False) -> Iterator
     Raises:
         `DatasetError`: the file is missing, its compression is broken, or a line is not UTF-8.
     """
+    for number, line in _read_bytes(path, show_progress):
+        yield number, _decoded(line, number, path)
+
+
+def _decoded(line: bytes, number: int, path: str | os.PathLike) -> str:
+    try:
+        # Line by line, so that an error has a line number; "-sig" drops the byte order mark.
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{os.fspath(path)}, line {number}: is not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+        ) from None
+
+
+def _read_bytes(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[int, bytes]]:
     require_file(path)
     name = os.fspath(path)
     number = 0
@@ -52,14 +68,7 @@ def read_lines(path: str | os.PathLike, show_progress: bool = False) -> Iterator
         file = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
         try:
             for number, line in enumerate(file, start=1):
-                try:
-                    # Decoded line by line, so that an error has a line number; "-sig" drops the byte order mark.
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DatasetError(
-                        f"{name}, line {number}: is not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-                    ) from None
-                yield number, text
+                yield number, line
                 if number % 1000 == 0:
                     progress.update(raw.tell() - progress.n)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -76,23 +85,37 @@ def read_jsonl(path: str | os.PathLike, show_progress: bool = False) -> Iterator
     Raises:
         `DatasetError`: a line is no object, the file has none, or it cannot be read, see [`read_lines`].
     """
-    is_empty = True
-    for number, text in read_lines(path, show_progress):
-        if not text.strip():
-            continue
-        is_empty = False
-        where = f"{os.fspath(path)}, line {number}"
-        try:
-            row = parse_json(text)
-        except ValueError as error:
-            raise DatasetError(
-                f"{where}: is not valid JSON ({error}); write one object per line, and if this is the last line, the "
-                "file was cut short: copy it again"
-            ) from None
-        if not isinstance(row, dict):
-            raise DatasetError(f"{where}: is a {type(row).__name__}, not an object; write one object per line")
+    for _, where, row in read_numbered(path, show_progress=show_progress):
         yield where, row
-    if is_empty:
+
+
+def read_numbered(
+    path: str | os.PathLike, bad_rows: list[BadRow] | None = None, show_progress: bool = False
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """
+    Yields, as [`read_jsonl`], the number of each row (from 0, blank lines are none), its place and its object. Lines
+    that are no object are added to `bad_rows`; with `None` the first is an error.
+    """
+    row = -1
+    for number, line in _read_bytes(path, show_progress):
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
+            continue
+        row += 1
+        where = f"{os.fspath(path)}, line {number}"
+        with collecting(bad_rows, row):
+            try:
+                value = parse_json(_decoded(line, number, path))
+            except DatasetError:
+                raise
+            except ValueError as error:
+                raise DatasetError(
+                    f"{where}: is not valid JSON ({error}); write one object per line, and if this is the last line, "
+                    "the file was cut short: copy it again"
+                ) from None
+            if not isinstance(value, dict):
+                raise DatasetError(f"{where}: is a {type(value).__name__}, not an object; write one object per line")
+            yield row, where, value
+    if row < 0:
         raise DatasetError(f"{os.fspath(path)}: is empty; write one JSON object per line")
 
 

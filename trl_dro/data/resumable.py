@@ -11,10 +11,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .lines import parse_json, read_json_object
+from .schema import BadRow
 from .storage import alone_in, content_key, different, write_whole
 
 
 SETTINGS_FILE = "settings.json"
+SKIPPED_FILE = "skipped.jsonl"
 
 Row = dict[str, Any]
 
@@ -25,6 +27,7 @@ def complete_rows(
     settings: dict[str, Any],
     work: Callable[[list[int]], Iterable[tuple[list[int], list[Row]]]],
     description: str,
+    skipped: Sequence[BadRow] = (),
 ) -> list[Row]:
     """
     The lines of a file, one for each of `num_rows` questions in their order. Those that an earlier call left are kept,
@@ -38,42 +41,61 @@ def complete_rows(
         settings (`dict`):
             What tells this result from others; a folder that was begun with other settings is refused.
         work (`Callable`):
-            Takes the rows that are left, at least one, and yields batches of rows with their results.
+            Takes the places of the questions that are left, from 0, at least one, and yields batches of places with
+            their results.
         description (`str`):
             Of the progress bar.
+        skipped (`list[BadRow]`, *optional*):
+            Rows of the source that are left out, listed in `skipped.jsonl`; the questions are the others.
 
     Returns:
-        `list[dict]`: the results, each with its `row`.
+        `list[dict]`: the results, each with its `row`, the number in the source.
 
     Raises:
         `ValueError`: the folder holds results of other settings, or another process writes to it.
     """
     partial_path = path.with_suffix(f".partial{path.suffix}")
     settings = json.loads(json.dumps(settings))
+    numbers = row_numbers(num_rows, skipped)
     with alone_in(path.parent):
         results = _whole_lines(path if path.is_file() else partial_path)
         begun = _is_begun(path.parent, results, settings)
+        _write_skipped(path.parent / SKIPPED_FILE, skipped)
         done = {row["row"]: row for row in results}
-        left = [row for row in range(num_rows) if row not in done]
+        left = [place for place, row in enumerate(numbers) if row not in done]
         if left:
             with (
                 open(partial_path, "a", encoding="utf-8") as file,
                 tqdm(total=num_rows, initial=len(done), desc=description, unit="question") as progress,
             ):
-                for rows, batch in work(left):
+                for places, batch in work(left):
                     if not begun:  # not before there is a result: an attempt that failed claims nothing
                         write_json(path.parent / SETTINGS_FILE, settings)
                         begun = True
-                    for row, result in zip(rows, batch, strict=True):
+                    for place, result in zip(places, batch, strict=True):
+                        row = numbers[place]
                         done[row] = {"row": row, **result}
                         file.write(_line(done[row]))
                     file.flush()
-                    progress.update(len(rows))
-        results = [done[row] for row in range(num_rows)]
+                    progress.update(len(places))
+        results = [done[row] for row in numbers]
         if not path.is_file():
             write_whole(path, "".join(map(_line, results)))
         partial_path.unlink(missing_ok=True)
     return results
+
+
+def row_numbers(num_rows: int, skipped: Sequence[BadRow]) -> list[int]:
+    """Numbers, in their source, of `num_rows` rows beside those that were skipped."""
+    bad = {row.row for row in skipped}
+    return [row for row in range(num_rows + len(bad)) if row not in bad]
+
+
+def _write_skipped(path: Path, skipped: Sequence[BadRow]) -> None:
+    if skipped:
+        write_whole(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in skipped))
+    else:  # of an attempt that came to no result
+        path.unlink(missing_ok=True)
 
 
 def _line(row: Row) -> str:

@@ -11,15 +11,35 @@
 Other columns (an `id`, say) are left alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, concatenate_datasets
 
 
 class DatasetError(ValueError):
     """Data that cannot be used: one line that says where, what is wrong, and how to mend it."""
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used: its number, from 0, its id if it has one, and why."""
+
+    row: int
+    id: Any
+    reason: str
+
+
+@contextmanager
+def collecting(bad_rows: list[BadRow] | None, row: int, row_id: Any = None) -> Iterator[None]:
+    """Adds a row whose check fails to `bad_rows` and goes on; with `None` the first such row is an error."""
+    try:
+        yield
+    except DatasetError as error:
+        if bad_rows is None:
+            raise
+        bad_rows.append(BadRow(row, row_id, str(error)))
 
 
 class Message(TypedDict):
@@ -90,7 +110,7 @@ def validate_dataset(dataset: Dataset, num_selected: int, name: str = "train_dat
     if len(dataset) == 0:
         raise DatasetError(f"{name} has no rows; check the file, split or filter it came from")
     require_columns(dataset, REQUIRED_COLUMNS, name)
-    _check_types(dataset.features, name)
+    check_types(dataset.features, name)
 
     columns = [column for column in (*REQUIRED_COLUMNS, "positive_ids") if column in dataset.column_names]
     row = 0
@@ -294,7 +314,8 @@ def require_columns(dataset: Dataset, columns: Iterable[str], name: str) -> None
             raise DatasetError(f"{name} has no column {column}, only {', '.join(map(repr, present))}; {cure}")
 
 
-def _check_types(features: Features, name: str) -> None:
+def check_types(features: Features, name: str) -> None:
+    """Checks the types of a dataset's columns, see [`validate_dataset`], without looking at a row."""
     question, answers, documents = (features[column] for column in REQUIRED_COLUMNS)
     if not (_is_text(question) or _is_list_of_structs(question, required={"role", "content"})):
         raise DatasetError(

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ..data import validate_dataset
 from ..data.resumable import complete_rows, fingerprint
+from ..data.schema import BadRow
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
 from ..system.pipeline import RAGPipeline
@@ -32,6 +33,7 @@ def evaluate(
     context_reliance: bool = True,
     tokens_per_batch: int = 16384,
     settings: dict[str, Any] | None = None,
+    skipped: Sequence[BadRow] = (),
 ) -> list[Scored]:
     """
     Answers and scores every question of a dataset, one line of `questions.jsonl` each.
@@ -51,6 +53,8 @@ def evaluate(
             Prompt tokens computed at a time.
         settings (`dict`, *optional*):
             What tells this evaluation from others; a folder that was begun with other settings is refused.
+        skipped (`list[BadRow]`, *optional*):
+            Rows of the source that `dataset` leaves out, listed in `skipped.jsonl`.
 
     Returns:
         `list[dict]`: one dict per question in the order of the dataset, as in the file.
@@ -69,7 +73,7 @@ def evaluate(
             yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, records)
 
     own = {"selection": selection, "dataset_sha256": asked, **(settings or {})}
-    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating")
+    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating", skipped)
 
 
 def batches(

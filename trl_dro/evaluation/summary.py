@@ -126,7 +126,9 @@ def report_table(summary: dict[str, Any], baseline: str | None = None) -> Table:
     Returns:
         [`~rich.table.Table`]: shares in percent.
     """
-    title = f"{summary['num_questions']} questions, shares in %, gain in nats, 95% bootstrap intervals in brackets"
+    skipped = f" ({summary['num_skipped']} skipped)" if summary.get("num_skipped") else ""
+    title = f"{summary['num_questions']} questions{skipped}, shares in %, gain in nats, "
+    title += "95% bootstrap intervals in brackets"
     if baseline is not None:
         title += f"\nbaseline: {baseline}, two-sided paired permutation test"
     # Five columns must fit into 80 characters.

@@ -10,8 +10,8 @@ the documents' logits.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,30 +103,56 @@ def unique_permutations(permutations: Tensor) -> tuple[list[tuple[int, list[int]
     return pairs, torch.tensor(inverse, device=permutations.device)
 
 
-def retriever_logits(ranks: Sequence[int], strength: float) -> list[float]:
+PriorSource = Literal["rank", "score"]
+
+
+def retriever_logits(record: Mapping[str, Any], strength: float, source: PriorSource = "rank") -> list[float]:
     r"""
-    The retriever's prior of each document, \\( \alpha \log r_i \\) with \\( r_i \\) one over its rank. The greater
-    \\( \alpha \\) is, the nearer the selector comes to the retriever's order, all that an infinite one leaves.
+    The retriever's prior of each document of a record, \\( \alpha \log r_i \\). The greater \\( \alpha \\) is, the
+    nearer the selector comes to the retriever's order, all that an infinite one leaves.
 
     Args:
-        ranks (`list[int]`):
-            Place of each document among the candidates as they were retrieved, from 1.
+        record (`dict`):
+            A question's `documents`, and their places as they were retrieved, from 1, under `retrieval_ranks` where
+            they are in another order than that.
         strength (`float`):
             \\( \alpha \\), from 0.
+        source (`str`, *optional*, defaults to `"rank"`):
+            What \\( r_i \\) is: `"rank"`, one over the document's rank; `"score"`, the retriever's score of it, which
+            must be above 0 and tells a clear winner from a near tie. Its scale does not matter: a constant factor
+            adds the same to every choice.
 
     Returns:
         `list[float]`: nats.
+
+    Raises:
+        `ValueError`: a document has no score above 0.
 
     Example:
 
     ```python
     >>> from trl_dro.model.permutation import retriever_logits
 
-    >>> [round(logit, 2) for logit in retriever_logits([2, 1, 3], strength=2.0)]
+    >>> documents = [{"text": "a", "score": 4.0}, {"text": "b", "score": 8.0}, {"text": "c", "score": 2.0}]
+    >>> record = {"documents": documents, "retrieval_ranks": [2, 1, 3]}
+    >>> [round(logit, 2) for logit in retriever_logits(record, strength=2.0)]
     [-1.39, 0.0, -2.2]
+    >>> [round(logit, 2) for logit in retriever_logits(record, strength=2.0, source="score")]
+    [2.77, 4.16, 1.39]
     ```
     """
-    return [0.0 - strength * math.log(rank) for rank in ranks]
+    documents = record["documents"]
+    if source == "rank":
+        ranks = record.get("retrieval_ranks") or range(1, len(documents) + 1)
+        return [0.0 - strength * math.log(rank) for rank in ranks]
+    for place, document in enumerate(documents, start=1):
+        score = document.get("score")
+        if score is None or not 0 < score < math.inf:
+            raise ValueError(
+                f"document {place} of question {record.get('question')!r} has the score {score!r}, and "
+                "retriever_prior_from='score' needs one above 0: retrieve again, or choose 'rank'"
+            )
+    return [strength * math.log(document["score"]) for document in documents]
 
 
 def allowed_logits(

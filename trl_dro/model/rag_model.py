@@ -19,7 +19,7 @@ from .control_tokens import end_token_id
 from .distinct import sample_distinct_permutations
 from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows
-from .permutation import SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
+from .permutation import PriorSource, SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
 from .prompts import PromptBuilder, answer_ids
 from .roles import Role, Roles
 from .sampling import PermutationSamples, sample_permutations
@@ -47,8 +47,8 @@ class RAGModel:
             Device of the models.
         max_tokens (`int`, *optional*):
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
-        retriever_prior (`float`, *optional*, defaults to `0.0`):
-            Strength of the retriever's prior, see [`~permutation.retriever_logits`].
+        retriever_prior (`float`, *optional*, defaults to `0.0`), retriever_prior_from (`str`, defaults to `"rank"`):
+            Strength and source of the retriever's prior, see [`~permutation.retriever_logits`].
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class RAGModel:
         device: torch.device,
         max_tokens: int | None = None,
         retriever_prior: float = 0.0,
+        retriever_prior_from: PriorSource = "rank",
     ):
         self.roles = roles
         self.tokenizers = tokenizers
@@ -68,6 +69,7 @@ class RAGModel:
         self.device = device
         self.max_tokens = max_tokens
         self.retriever_prior = retriever_prior
+        self.retriever_prior_from = retriever_prior_from
         self.count = TokenCount()
 
     def keeps_prompts(self) -> bool:
@@ -214,8 +216,7 @@ class RAGModel:
         """Prior of each document of a question, see [`~permutation.retriever_logits`]; `None` if there is none."""
         if self.retriever_prior == 0:
             return None
-        ranks = question.get("retrieval_ranks") or range(1, len(question["documents"]) + 1)
-        return retriever_logits(ranks, self.retriever_prior)
+        return retriever_logits(question, self.retriever_prior, self.retriever_prior_from)
 
     def written_logits(self, written: Sequence[Sequence[int]], read: ReadPrompts) -> CompletionLogits:
         """
@@ -485,10 +486,7 @@ def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]
 
 @contextlib.contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """
-    Replaces the model's own config: one passed to `generate` would be filled up from it, with the repetition penalty
-    of an instruct model, say.
-    """
+    """Replaces the model's own config, from which one passed to `generate` would be filled up (say, a penalty)."""
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     own = [holder.generation_config for holder in holders]
     try:

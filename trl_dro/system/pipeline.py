@@ -18,7 +18,7 @@ from ..model.roles import Role
 from ..model.shared_prefix import ReadPrompts
 from ..retrieval import Retriever
 from .rag_config import RAGConfig
-from .run_folder import LoadOptions, RoleSource, export_merged, find_role, load_rag, with_num_selected
+from .run_folder import LoadOptions, RoleSource, export_merged, find_system, load_rag, with_num_selected
 
 
 @dataclass
@@ -157,16 +157,9 @@ class RAGPipeline:
             `ValueError`: there is no such folder, repo or revision, it holds no model, or its base is unknown.
         """
         options = options or LoadOptions()
-        generator = find_role(path, "generator", revision, options.token, base_model)
-        if selector is None:
-            selector_source = find_role(path, "selector", revision, options.token, base_model)
-        else:
-            selector_source = find_role(selector, "selector", None, options.token, base_model)
-        saved = generator.config or selector_source.config
-        rag_config = RAGConfig.load(saved, config) if saved else RAGConfig(**config)
-        rag_config.check(saved or "the settings")
-        rag = load_rag(selector_source, generator, rag_config, options)
-        return cls(rag, rag_config, retriever, {"selector": selector_source, "generator": generator}, options)
+        sources, rag_config = find_system(path, selector, revision, base_model, options, **config)
+        rag = load_rag(sources["selector"], sources["generator"], rag_config, options)
+        return cls(rag, rag_config, retriever, sources, options)
 
     @overload
     def __call__(

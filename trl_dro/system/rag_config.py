@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from ..data.lines import read_json_object
 from ..data.storage import write_whole
 from ..model.codec import PermutationCodec
 from ..model.loading import build_prompts
+from ..model.permutation import PriorSource
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template, check_template
 from ..model.roles import Role
 
@@ -36,6 +37,8 @@ class RAGConfig:
             Candidates shown to the selector, n: the first ones in retrieval order.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices.
+        retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
+            What that say is made of: `"rank"`, or `"score"`, the retriever's scores.
         selector_template (`str` or `Callable`):
             Selector prompt.
         generator_template (`str` or `Callable`):
@@ -54,6 +57,7 @@ class RAGConfig:
     min_selected: int | None = None
     max_candidates: int = 20
     retriever_prior: float = 0.0
+    retriever_prior_from: PriorSource = "rank"
     selector_template: Template = SELECTOR_TEMPLATE
     generator_template: Template = GENERATOR_TEMPLATE
     max_prompt_length: int | None = None
@@ -83,6 +87,10 @@ class RAGConfig:
             self.max_document_length,
             self.chat_template_kwargs,
         )
+
+    def prior(self) -> dict[str, Any]:
+        """The retriever's prior, as arguments of [`~rag_model.RAGModel`]."""
+        return {"retriever_prior": self.retriever_prior, "retriever_prior_from": self.retriever_prior_from}
 
     def save(self, folder: str | Path) -> None:
         """Writes `rag_config.json`. A template that is a function is left out: it must be passed when loading."""
@@ -156,3 +164,7 @@ class RAGConfig:
         prior = self.retriever_prior
         if isinstance(prior, bool) or not isinstance(prior, int | float) or not (math.isfinite(prior) and prior >= 0):
             raise ValueError(f"{where}: retriever_prior must be a finite number from 0, not {prior!r}; correct it")
+        if self.retriever_prior_from not in get_args(PriorSource):
+            raise ValueError(
+                f"{where}: retriever_prior_from must be rank or score, not {self.retriever_prior_from!r}; correct it"
+            )

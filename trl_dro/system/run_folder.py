@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -30,7 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.lines import first_line
 from ..data.storage import content_key, file_key
 from ..model.codec import PermutationCodec
-from ..model.loading import load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
+from ..model.loading import context_length, load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
+from ..model.prompts import PromptBuilder
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
 from ..model.self_check import SharedPrefix, check_rows
@@ -310,6 +311,53 @@ class LoadOptions:
         return model if self.quantization_config is not None else model.to(self.target)
 
 
+class FoundSystem(NamedTuple):
+    """Where each role is, and what its prompts are made of."""
+
+    sources: dict[Role, RoleSource]
+    config: RAGConfig
+
+    def load_prompts(self, options: LoadOptions) -> dict[Role, PromptBuilder]:
+        """
+        Prompt builder of each role, from tokenizers and configs alone, without any weights.
+
+        Raises:
+            `ValueError`: a tokenizer or config cannot be loaded, or the prompts cannot fit.
+        """
+        tokenizers = {role: prepare_tokenizer(_load_tokenizer(each, options)) for role, each in self.sources.items()}
+        contexts = {
+            role: context_length(each.model, each.revision, options.trust_remote_code)
+            for role, each in self.sources.items()
+        }
+        config = self.config
+        codec = PermutationCodec(
+            tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected
+        )
+        return config.build_prompts(tokenizers, codec, contexts)
+
+
+def find_system(
+    path: str | Path,
+    selector: str | Path | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
+    options: LoadOptions | None = None,
+    **config: Any,
+) -> FoundSystem:
+    """Finds both roles of a system and its settings; see [`~pipeline.RAGPipeline.from_pretrained`]."""
+    token = None if options is None else options.token
+    generator = find_role(path, "generator", revision, token, base_model)
+    selected = (path, revision) if selector is None else (selector, None)
+    sources: dict[Role, RoleSource] = {
+        "selector": find_role(selected[0], "selector", selected[1], token, base_model),
+        "generator": generator,
+    }
+    saved = generator.config or sources["selector"].config
+    rag_config = RAGConfig.load(saved, config) if saved else RAGConfig(**config)
+    rag_config.check(saved or "the settings")
+    return FoundSystem(sources, rag_config)
+
+
 def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, options: LoadOptions) -> RAGModel:
     """
     Both roles, with one base in memory if they share it.
@@ -361,7 +409,7 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     contexts = _contexts(roles)
     codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, retriever_prior=config.retriever_prior)
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, **config.prior())
     check_rows(rag, options.shared_prefix)
     return rag
 
@@ -372,7 +420,7 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
     config = replace(config, num_selected=num_selected, min_selected=min_selected)
     codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
-    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, retriever_prior=config.retriever_prior)
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, **config.prior())
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from .._trl_compat import _BaseConfig
 from ..model.importance import Sampling, SelectorEstimator
-from ..model.permutation import SelectorLikelihood
+from ..model.permutation import PriorSource, SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from ..model.self_check import SharedPrefix
 from .estimation import AnswerTarget
@@ -18,6 +18,7 @@ from .ranges import check_numbers
 _CHOICES = {
     "answer_likelihood": ["sum", "mean"],
     "answer_target": list(get_args(AnswerTarget)),
+    "retriever_prior_from": list(get_args(PriorSource)),
     "sampling": list(get_args(Sampling)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
@@ -71,6 +72,9 @@ class DROConfig(_BaseConfig):
             Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
             \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
             model's choice alone; the greater, the nearer to the retriever's order.
+        retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
+            `"score"` takes the retriever's scores in place of its ranks, with \\( +\alpha \log \\) of them: every
+            document must have one above 0. Scores say more than ranks, and want a greater \\( \alpha \\).
         selector_template (`str`):
             Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,
             `{num_selected}`, `{format}`, or in Python a function of these, defined at the top level of a module.
@@ -213,6 +217,13 @@ class DROConfig(_BaseConfig):
     retriever_prior: float = field(
         default=0.0,
         metadata={"help": "Say of the retriever's ranking in the selector's choices; 0 is the model's choice alone."},
+    )
+    retriever_prior_from: str = field(
+        default="rank",
+        metadata={
+            "help": "What retriever_prior is made of, the retriever's ranks or its scores.",
+            "choices": _CHOICES["retriever_prior_from"],
+        },
     )
     selector_template: str = field(
         default=SELECTOR_TEMPLATE,

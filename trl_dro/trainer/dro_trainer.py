@@ -23,6 +23,7 @@ from ..model.rag_model import RAGModel, chunk_rows
 from ..model.roles import ROLES, Role
 from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
+from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
 from .estimation import (
     Estimate,
@@ -163,9 +164,8 @@ class DROTrainer(RoleTrainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics,
         )
-        self.rag = RAGModel(
-            self.roles, tokenizers, prompts, codec, args.device, args.max_tokens_per_forward, args.retriever_prior
-        )
+        shown, limit = RAGConfig.of_training(args), args.max_tokens_per_forward
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, limit, **shown.prior())
         self._check_rows(self.rag)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
-from ..data.schema import validate_dataset
+from ..data.schema import DatasetError, validate_dataset
 from ..model.codec import PermutationCodec
 from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
+from ..model.permutation import retriever_logits
 from ..model.prompts import PromptBuilder, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention
@@ -70,6 +71,8 @@ def check_inputs(
         datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
         validate_dataset(dataset, args.num_selected, name)
+        if args.retriever_prior and args.retriever_prior_from == "score":
+            check_scores(dataset, name, args.max_candidates)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)
     codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected, args.min_selected)
     context = context_length(model, generator_revision(args), args.trust_remote_code)
@@ -82,6 +85,28 @@ def check_inputs(
         all_answers = args.answer_target != "first" and name == "train_dataset"
         check_lengths(dataset, name, shown, tokenizers["generator"], args.max_answer_length, all_answers)
     return tokenizers, codec, prompts
+
+
+def check_scores(dataset: Dataset, name: str, max_candidates: int) -> None:
+    """
+    Checks that the candidates have the scores of which a retriever's prior can be made.
+
+    Args:
+        dataset (`Dataset`):
+            Records.
+        name (`str`):
+            What errors call it.
+        max_candidates (`int`):
+            Documents of each record that are shown, the first ones.
+
+    Raises:
+        `DatasetError`: a score is missing or not above 0; the message names the row.
+    """
+    for row, record in enumerate(dataset.with_format(None)):
+        try:
+            retriever_logits({**record, "documents": record["documents"][:max_candidates]}, 1.0, "score")
+        except ValueError as error:
+            raise DatasetError(f"{name}, row {row}: {error}") from None
 
 
 def load_tokenizers(

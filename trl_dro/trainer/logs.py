@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..data.storage import write_whole
 from ..model.codec import PermutationCodec
@@ -210,6 +210,13 @@ class LogLineAboveProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
             self.training_bar.write(log_line(logs, state.global_step, state.max_steps))
+
+
+def show_readable_logs(trainer: Trainer) -> None:
+    """Has a trainer show one line of each log, where it would show a dict of all numbers."""
+    for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
+        if trainer.pop_callback(usual) is not None:
+            trainer.add_callback(readable)
 
 
 def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:

@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
@@ -35,7 +34,7 @@ from ..system.rag_config import RAGConfig
 from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
 from .log_history import LogHistory
-from .logs import LogLine, LogLineAboveProgress, RunningMeans
+from .logs import RunningMeans
 from .run import Identity, RunTrainer
 from .sharding import FSDP2, engine_of, fill
 
@@ -97,9 +96,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         self.roles.sharded = self.engine.lockstep
         self._means = RunningMeans(self.accelerator)
         self.add_callback(LogHistory())
-        for usual, readable in ((PrinterCallback, LogLine), (ProgressCallback, LogLineAboveProgress)):
-            if self.pop_callback(usual) is not None:
-                self.add_callback(readable)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

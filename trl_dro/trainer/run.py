@@ -27,6 +27,7 @@ from .checkpoint import (
     remove_leftovers,
     staging_folder,
 )
+from .logs import show_readable_logs
 
 
 logger = get_logger(__name__)
@@ -54,6 +55,7 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._stop = StopOnSignal(self.accelerator)
         self.add_callback(self._stop)
+        show_readable_logs(self)
 
     def identity(self) -> Identity:
         """What must be the same for a checkpoint to be continued: plain values, and keys of content."""

@@ -34,6 +34,9 @@ def selector_examples(
     Records as they are retrieved make the retriever the teacher; see [`relevant_first`] and
     [`read_listwise_rankings`] for better ones.
 
+    Where permutations may end early, each is cut to a random length that is allowed: a selector that never saw an end
+    before the last document would hardly ever end early, and DRO can only weigh what it draws.
+
     Args:
         records (`Iterable[Record]`):
             Records with as many candidates, in the teacher's order, as the selector is to see.
@@ -59,7 +62,8 @@ def selector_examples(
         if shuffle_candidates:
             rng.shuffle(order)
         noisy_ranks = {rank: rank + rng.gauss(0.0, rank_noise) for rank in order}
-        ranking = sorted(order, key=noisy_ranks.__getitem__)[: codec.num_selected]
+        length = rng.randint(codec.min_selected, codec.num_selected) if codec.may_end else codec.num_selected
+        ranking = sorted(order, key=noisy_ranks.__getitem__)[:length]
         prompt = prompts(record["question"], [documents[rank] for rank in order])
         completion, _ = codec.encode([order.index(rank) + 1 for rank in ranking], len(documents))
         rows.append(_example(prompt, completion))
