@@ -140,13 +140,14 @@ def make_trainer(
     return trainer
 
 
-def train(output_dir: str, resume: bool | str = False, **settings: Any) -> None:
+def train(output_dir: str, resume: bool | str = False, save: bool = False, **settings: Any) -> None:
     """Trains and writes what [`read_result`] reads; see [`make_trainer`] for `settings`."""
     trainer = make_trainer(output_dir=output_dir, **settings)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model()
+    if save:
+        trainer.save_model()
     folder = result_folder(output_dir, trainer.args.process_index)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"{role}.{name}": whole(p) for role in ROLES for name, p in trainer.roles.named_parameters(role)}

@@ -56,7 +56,7 @@ UNUSABLE = {"unusable": dealt(1)[:1]}
 
 
 def job(settings, batch_size, folder):
-    defaults = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4}
+    defaults = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "save": True}
     return defaults | settings | {"per_device_train_batch_size": batch_size, "output_dir": str(folder)}
 
 
