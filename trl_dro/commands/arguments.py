@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from ..system.run_folder import LoadOptions
 
 
+# What retrieves without a corpus, see [`~retrieval.services.open_service`].
+SERVICE_HELP = (
+    "Service that finds the candidates, instead of a corpus: elasticsearch+URL/INDEX, opensearch+URL/INDEX, "
+    "qdrant+URL/COLLECTION, qdrant+file:FOLDER/COLLECTION, or MODULE:FUNCTION that returns a LangChain or LlamaIndex "
+    "retriever."
+)
+DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
+
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
     "Passages: jsonl, tsv (either may be gz), parquet, Hub id (`id` or `id:config`), or a folder of documents to cut "
@@ -158,6 +166,10 @@ class QuestionArguments(LoadArguments):
             Questions, jsonl, whose candidates BM25 retrieves from `corpus`.
         corpus (`str`, *optional*):
             Passages, as for [`~data.corpus.open_corpus`].
+        retriever (`str`, *optional*):
+            Service that retrieves them instead of BM25, see [`~retrieval.services.open_service`].
+        dense_model (`str`, *optional*):
+            Model that encodes questions for it, if it searches vectors.
         dataset_name (`str`, *optional*):
             Dataset with candidates, instead: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file.
         dataset_split (`str`, *optional*):
@@ -177,6 +189,8 @@ class QuestionArguments(LoadArguments):
         default=None, metadata={"help": "Questions, jsonl, whose candidates BM25 retrieves from the corpus."}
     )
     corpus: str | None = field(default=None, metadata={"help": CORPUS_HELP})
+    retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
+    dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
     dataset_name: str | None = field(default=None, metadata={"help": DATASET_HELP})
     dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})

@@ -74,7 +74,7 @@ class RAGModel:
 
     def keeps_prompts(self) -> bool:
         """Whether what [`~RAGModel.read`] keeps with gradients can be continued in training mode."""
-        return not self.roles.is_checkpointed("selector") and "selector" not in self.roles.separate
+        return not (self.roles.sharded or self.roles.is_checkpointed("selector") or "selector" in self.roles.separate)
 
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
         """

@@ -21,6 +21,7 @@ from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, 
 from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
+from .sharding import refuse_engines
 
 
 def check_inputs(
@@ -244,18 +245,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 def refuse_unsupported(args: DROConfig) -> None:
     """
-    Raises `ValueError` under DeepSpeed and FSDP, and for attention that takes no mask of its own. accelerate steps a
-    DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
-    only.
+    Raises `ValueError` for attention that takes no mask of its own, and for engines that cannot train two roles, see
+    [`~sharding.refuse_engines`].
     """
     if args.shared_prefix != "never":
         check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
-    if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
-        raise ValueError(
-            "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
-            "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
-            "load_in_4bit for a base that does not fit"
-        )
+    refuse_engines(args)
 
 
 # Arguments of transformers' Trainer that have no meaning here, and why.
