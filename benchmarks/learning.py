@@ -71,6 +71,7 @@ RECIPE = yaml.safe_load((Path(__file__).resolve().parents[1] / "recipes" / "demo
 WARMUP_RATE = RECIPE.get("warmup_learning_rate", 2e-3)
 RANK_NOISE = RECIPE.get("rank_noise", 5.0)
 TWO_HOP_DEPTH = 40
+COSTS = 0.0, 0.1, 0.5, 1.0, 2.0  # of a document, in nats
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
         ],
         "stopping": [
             Setting("all K documents"),
-            *(Setting(f"cost {cost}", dro={"min_selected": 0, "document_cost": cost}) for cost in (0.0, 0.1, 0.5)),
+            *(Setting(f"cost {cost}", dro={"min_selected": 0, "document_cost": cost}) for cost in COSTS),
         ],
         "controls": [
             Setting("joint", shuffled_candidates=True),

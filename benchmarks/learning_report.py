@@ -257,7 +257,7 @@ def curves(rows: list[Row]) -> plt.Figure:
 def documents_figure(rows: list[Row]) -> plt.Figure:
     """EM against the documents that the selector lets the generator read, before training and after each iteration."""
     figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
-    for setting in settings_of(rows):
+    for place, setting in enumerate(settings_of(rows)):
         chosen = [row for row in rows if row["setting"] == setting]
         iterations = sorted({row["iteration"] for row in chosen})
         points = [
@@ -265,10 +265,14 @@ def documents_figure(rows: list[Row]) -> plt.Figure:
             for name, scale in (("documents", 1), ("em", 100))
         ]
         [line] = axis.plot(*points, marker=".", alpha=0.5)
-        axis.plot(points[0][-1], points[1][-1], "o", color=line.get_color(), markersize=9, label=setting)
-    axis.set(xlabel="documents per question", ylabel="EM, %", xlim=(-0.1, None), ylim=(0, None))
+        # Rings of several sizes, so that equal results do not hide each other.
+        ring = {"markersize": 20 - 3 * place, "markeredgewidth": 1.5, "fillstyle": "none"}
+        axis.plot(points[0][-1], points[1][-1], "o", color=line.get_color(), label=setting, **ring)
+    most = max(row["documents"] for row in rows)
+    top = 110 * max(row["em"] for row in rows)
+    axis.set(xlabel="documents per question", ylabel="EM, %", xlim=(-0.1, 1.1 * most), ylim=(0, top))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, title="after the last iteration")
+    axis.legend(frameon=False, fontsize=8, title="after the last iteration", loc="lower left", markerscale=0.5)
     return figure
 
 

@@ -79,7 +79,7 @@ def test_one_value_in_the_file_stands_for_a_list_of_one(config):
         ("rate: fast\n", ["--rate", "invalid float value: 'fast'"]),
         ("size: 0\n", ["--size 0: it must be at least 1"]),
         ("size: 5\n  rate: 3\n", ["settings.yaml, line 2", "is no YAML"]),
-        ("- size\n", ["settings.yaml", "mapping"]),
+        ("- size\n", ["settings.yaml", "holds a list, not settings"]),
     ],
 )
 def test_mistakes_in_the_file_are_told_in_one_line(config, capsys, text, parts):

@@ -7,6 +7,8 @@ python -m tests.distributed.run_training '[{"output_dir": "outputs/one", "max_st
 torchrun --standalone --nproc_per_node 2 -m tests.distributed.run_training '[{"output_dir": "outputs/two"}]'
 ```
 
+`ENGINES` has what the environment tells about an engine, as `accelerate launch` does with a config file.
+
 A test that starts many uses [`start`], which forks a server that has imported everything and has run nothing.
 """
 
@@ -15,18 +17,24 @@ import multiprocessing
 import os
 import sys
 import time
+import zlib
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.model.roles import ROLES
+from trl_dro.trainer.sharding import DataParallel
 
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from ..trainer.test_dro_trainer import make_dataset, randomize_adapters
@@ -34,6 +42,37 @@ from ..trainer.test_dro_trainer import make_dataset, randomize_adapters
 
 # Measured by the clock, or a matter of which rows stand in one batch: never twice the same.
 MEASURED = {"tokens_per_second", "e_step_seconds", "m_step_seconds", "padding_share"}
+
+
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate drops FSDP in silence where processes have no accelerator."""
+    init = AcceleratorState.__init__
+
+    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init_with_fsdp
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight, be it sharded or not."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.contiguous()
 
 
 class Pause(TrainerCallback):
@@ -48,9 +87,20 @@ class Pause(TrainerCallback):
 
 
 def make_trainer(
-    num_questions: int = 8, unusable: Collection[int] = (), pause: float = 0.0, peft: bool = True, **settings
+    num_questions: int = 8,
+    unusable: Collection[int] = (),
+    pause: float = 0.0,
+    peft: bool = True,
+    num_eval: int = 0,
+    two_bases: bool = False,
+    deferred: bool = False,
+    **settings,
 ) -> DROTrainer:
-    """Trainer of a tiny Llama; the answers of the questions in `unusable` get NaN for their likelihoods."""
+    """
+    Trainer of a tiny Llama, or of two; the answers of the questions in `unusable` get NaN for their likelihoods.
+    `deferred` has gradients exchanged in the last backward of an update alone, whatever the engine. `num_eval`
+    questions to evaluate on are scored by [`own_scores`] too.
+    """
     tokenizer = bpe_tokenizer(split_digits=False)
     settings = {
         "num_selected": 2,
@@ -71,10 +121,16 @@ def make_trainer(
         model=tiny_llama(tokenizer),
         args=DROConfig(**settings),
         train_dataset=make_dataset(num_questions),
+        eval_dataset=make_dataset(num_eval or 3) if num_eval or settings.get("eval_strategy") else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if peft else None,
+        selector_model=tiny_llama(tokenizer, seed=1) if two_bases else None,
         callbacks=[Pause(pause)] if pause else None,
+        compute_metrics=own_scores if num_eval else None,
     )
+    if deferred:
+        trainer.engine.synced_backward = partial(DataParallel.synced_backward, trainer.engine)
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = False
     randomize_adapters(trainer)
     if unusable:
         answer_logps = trainer.rag.answer_logps
@@ -88,15 +144,26 @@ def make_trainer(
     return trainer
 
 
-def train(output_dir: str, resume: bool | str = False, **settings: Any) -> None:
+def own_scores(predictions: list[str], records: list[dict[str, Any]]) -> dict[str, float]:
+    """Scores that a wrong order or number of predictions or records would change."""
+    assert len(predictions) == len(records)
+    key = "\n".join(f"{record['question']}: {answer}" for record, answer in zip(records, predictions, strict=True))
+    return {"questions": len(records), "key": zlib.crc32(key.encode())}
+
+
+def train(output_dir: str, resume: bool | str = False, save: bool = False, **settings: Any) -> None:
     """Trains and writes what [`read_result`] reads; see [`make_trainer`] for `settings`."""
     trainer = make_trainer(output_dir=output_dir, **settings)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.compute_metrics is not None:
+        trainer.evaluate()
+    if save:
+        trainer.save_model()
     folder = result_folder(output_dir, trainer.args.process_index)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        f"{role}.{name}": p.detach().contiguous() for role in ROLES for name, p in trainer.roles.named_parameters(role)
-    }
+    weights = {f"{role}.{name}": whole(p) for role in ROLES for name, p in trainer.roles.named_parameters(role)}
     save_file(weights, folder / "weights.safetensors")
     (folder / "logs.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 
@@ -132,6 +199,7 @@ def _run_with_log(jobs: list[dict[str, Any]], log: str) -> None:
 
 def run(jobs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
+    allow_fsdp_on_cpu()
     print(f"process {os.getpid()} is rank {os.environ.get('RANK', 0)}", flush=True)
     for job in jobs:
         train(**job)

@@ -52,6 +52,7 @@ SETTINGS = {
     "unusable with a frozen selector": {"unusable": dealt(1), "train_selector": False},
     "unusable with accumulation": {"unusable": dealt(1), "gradient_accumulation_steps": 2},
     "a whole update unusable": {"unusable": dealt(0) + dealt(1)},
+    "own scores": {"num_eval": 7, "max_answer_length": 8},
     "no clipping": {"max_grad_norm": 0.0, "learning_rate": 5e-4},
     "two full models, checkpointing and accumulation": {
         "peft": False,
@@ -118,6 +119,16 @@ def test_two_processes_log_and_learn_what_one_does(results, name):
     print(f"{name}: weights {largest:.1e}, " + ", ".join(f"{key} {value:.1e}" for key, value in differences.items()))
     assert max(differences.values()) < TOLERANCE, differences
     assert largest < TOLERANCE
+
+
+@pytest.mark.slow
+def test_two_processes_score_by_compute_metrics_what_one_does(results):
+    scored = []
+    for folder, rank in ((results[0], 0), (results[1], 0), (results[1], 1)):
+        path = folder / "own scores" / f"result-{rank}" / "logs.json"
+        scored.append([row for row in json.loads(path.read_text()) if "eval_em" in row])
+    alone, *together = [(row["eval_questions"], row["eval_key"]) for [row] in scored]
+    assert together == [alone, alone] and alone[0] == 7
 
 
 @pytest.mark.slow

@@ -311,7 +311,7 @@ def settings() -> Iterator[Case]:
         "retrieve": [
             "--retriever nothing", "--k1 -1", "--k1 nan", "--b 5", "--b nan", "--k 0", "--k -1", "--k x",
             "--retriever bm25+nothing", "--output_dir /dev/null", "--output_dir /proc/x/y", "--cache_dir /dev/null",
-            "--retriever precomputed", "--split nothing", "--corpus TMP", "--corpus TMP/missing.tsv",
+            "--retriever precomputed", "--corpus TMP", "--corpus TMP/missing.tsv",
             "--questions TMP", "--questions no/such", "--shard_size 0", "--max_questions 0",
         ],
         "serve": [
@@ -328,6 +328,7 @@ def settings() -> Iterator[Case]:
             pairs = text.split(" ")
             names = (pairs[0].lstrip("-"), *(pair for pair in pairs[1:] if len(pair) > 2 and "TMP" not in pair))
             names += ("TMP",) if "TMP" in text else ()
+            names += ("8 bit and 4 bit",) if "load_in_8bit" in text else ()
             yield Case(f"settings ({command})", text, partial(flags, command, pairs), names)
     for name, arguments in {
         "no such command": ["trian"], "no model": ["predict"], "no questions": ["retrieve"], "no run": ["report"],
@@ -365,7 +366,7 @@ def yaml_values() -> Iterator[Case]:
                 "YAML values",
                 f"{setting}: {value}",
                 partial(make, f"{setting}: {value}\n"),
-                (setting, "tokenizer of 5"),
+                (setting, "tokenizer of 5", "is called '5'"),
             )
     for name, text in {
         "not YAML": b"a: [1\n", "a list": b"- 1\n", "a text": b"hello\n", "empty": b"", "NUL": b"a\0: 1\n",
@@ -619,7 +620,7 @@ def leftovers() -> Iterator[Case]:
     def disk_full(size, world, tmp):
         return Limited(size, ["train", *world.train_flags(tmp / "out"), "--dataset_name", str(world.records_file)])
 
-    for size in (1_000, 4_000, 16_000, 64_000):
+    for size in (1_000, 2_000, 4_000, 8_000, 16_000):
         yield Case(
             "disk full (train)",
             f"files end at {size:,} bytes",
@@ -635,6 +636,69 @@ def leftovers() -> Iterator[Case]:
         yield Case(
             "disk full (predict)", f"files end at {size:,} bytes", partial(disk_full_predict, size), ("out", "large")
         )
+
+
+def permissions() -> Iterator[Case]:
+    """Folders that cannot be written to, and files and folders that cannot be read."""
+
+    def written(command, world, tmp):
+        folder = tmp / "locked"
+        folder.mkdir()
+        out = folder / "out" if command.endswith("beneath") else folder
+        folder.chmod(0o555)
+        data = ["--dataset_name", str(world.records_file)]
+        return Unable({
+            "train": ["train", *world.train_flags(out), *data],
+            "warmup": warmup_flags(world, tmp, world.records_file, output_dir=out, dry_run="false"),
+            "predict": ["predict", str(world.run), *world.small, "--output_dir", str(out), *data],
+            "evaluate": ["evaluate", str(world.run), *world.small, "--output_dir", str(out), *data],
+            "retrieve": ["retrieve", str(world.questions_file), "--corpus", str(world.corpus_file), "--k", "2",
+                "--output_dir", str(out), "--cache_dir", str(tmp / "cache")],
+            "retrieve cache": ["retrieve", str(world.questions_file), "--corpus", str(world.corpus_file), "--k", "2",
+                "--output_dir", str(tmp / "out"), "--cache_dir", str(out)],
+            "report": ["report", str(world.run), "--output_dir", str(out)],
+        }[command.removesuffix(" beneath")])  # fmt: skip
+
+    for command in ("train", "warmup", "predict", "evaluate", "retrieve", "retrieve cache", "report"):
+        for name in (command, f"{command} beneath"):
+            yield Case("folders without permission", name, partial(written, name), ("locked",))
+
+    def read(command, part, world, tmp):
+        folder = world.copy(tmp)
+        data = write_jsonl(tmp / "data.jsonl", world.records)
+        passages = write_jsonl(tmp / "passages.jsonl", world.passages)
+        settings = tmp / "settings.yaml"
+        settings.write_text("num_selected: 2\n")
+        place = {"data": data, "passages": passages, "settings": settings, "run": folder}.get(part, folder / part)
+        place.chmod(0)
+        return Unable({
+            "train": ["train", *world.train_flags(tmp / "out"), "--dataset_name", str(data),
+                "--config", str(settings)],
+            "predict": ["predict", str(folder), *world.small, "--output_dir", str(tmp / "out"), "--dataset_name",
+                str(data)],
+            "retrieve": ["retrieve", str(world.questions_file), "--corpus", str(passages), "--k", "2",
+                "--output_dir", str(tmp / "out"), "--cache_dir", str(tmp / "cache")],
+            "report": ["report", str(folder), "--output_dir", str(tmp / "out")],
+        }[command])  # fmt: skip
+
+    for command, parts in {
+        "train": ("data", "settings"),
+        "predict": ("data", "run", "selector", "rag_config.json", "selector/adapter_config.json",
+                    "selector/adapter_model.safetensors", "selector/tokenizer.json", "selector/tokenizer_config.json",
+                    "generator/role.json"),
+        "retrieve": ("passages",),
+        "report": ("run", "log_history.jsonl", "rag_config.json"),
+    }.items():  # fmt: skip
+        for part in parts:
+            names = {"data": "data.jsonl", "passages": "passages.jsonl", "settings": "settings.yaml"}
+            yield Case("files without permission", f"{part} ({command})", partial(read, command, part),
+                (names.get(part, part),))  # fmt: skip
+
+
+class Unable(NamedTuple):
+    """A command of somebody who must heed permissions, as root need not."""
+
+    arguments: list[str]
 
 
 class Limited(NamedTuple):
@@ -783,4 +847,8 @@ def _tokenizer(world):
 
 def all_cases() -> list[Case]:
     """All, in order."""
-    return [case for make in (lines, files, settings, yaml_values, systems, leftovers, calls) for case in make()]
+    return [
+        case
+        for make in (lines, files, settings, yaml_values, systems, leftovers, permissions, calls)
+        for case in make()
+    ]

@@ -2,6 +2,7 @@
 """Runs a case in this process, or in a fork where it limits resources, and tells how it ended."""
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
@@ -9,6 +10,7 @@ import pickle
 import re
 import resource
 import signal
+import sys
 import tempfile
 import traceback
 import warnings
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 from trl_dro.commands import cli
 
-from .cases import Case, Limited
+from .cases import Case, Limited, Unable
 
 
 KINDS = ("one line", "unclear", "unforeseen", "traceback", "accepted")
@@ -25,7 +27,8 @@ KINDS = ("one line", "unclear", "unforeseen", "traceback", "accepted")
 CURE = re.compile(
     r"\b(must|pass|write|check|name|set|use|lower|raise|leave|add|drop|give|choose|copy|download|convert|rename|remove|"
     r"fill|retrieve|did you mean|see|build|is not|need|needs|cannot|install|save|free|mend|expected|invalid|no such|"
-    r"there is no|correct|start|delete|make|train|put|cut|load|update|take|try|merge|not one of|should)\b",
+    r"there is no|correct|start|delete|make|train|put|cut|load|update|take|try|merge|not one of|should|call|"
+    r"wait)\b",
     re.IGNORECASE,
 )
 
@@ -50,7 +53,7 @@ def outcome(case: Case, world) -> Outcome:
         here = os.getcwd()
         os.chdir(tmp)
         try:
-            if isinstance(what, Limited):
+            if isinstance(what, Limited | Unable):
                 return _in_fork(what, names)
             return _call(what, names) if callable(what) else _command(what, names)
         finally:
@@ -97,14 +100,17 @@ def _judge(message, names) -> Outcome:
 
 
 def _in_fork(limited, names) -> Outcome:
-    """In a process of its own, whose limits end with it."""
+    """In a process of its own, whose limits and lost rights end with it."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read)
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limited.size, limited.size))
+            if isinstance(limited, Limited):
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limited.size, limited.size))
+            else:
+                drop_capabilities()
             result = _command(limited.arguments, names)
         except BaseException as error:
             result = Outcome("traceback", _where(error))
@@ -115,6 +121,16 @@ def _in_fork(limited, names) -> Outcome:
         result = Outcome(*pickle.load(file))
     os.waitpid(child, 0)
     return result
+
+
+def drop_capabilities() -> bool:
+    """Makes root heed permissions as others must; whether this process does now."""
+    if os.geteuid() != 0:
+        return True
+    if not sys.platform.startswith("linux"):
+        return False
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    return ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
 def _where(error) -> str:

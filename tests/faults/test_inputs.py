@@ -9,7 +9,7 @@ from trl_dro.commands import cli
 from trl_dro.data.lines import parse_json, read_json_object
 from trl_dro.data.schema import DatasetError
 
-from .cases import files, leftovers, lines, systems, yaml_values
+from .cases import all_cases, files, leftovers, lines, systems, yaml_values
 from .outcome import outcome
 from .world import World
 
@@ -27,16 +27,40 @@ SAMPLE = [
     *itertools.islice((case for case in systems() if case.area.startswith(("rag", "adapter"))), 1, None, 9),
     *(case for case in leftovers() if case.name == "deep"),
 ]
-# Cases of settings whose checks are not complete.
-OPEN = ("learning_rate", "temperature")
+# Each was accepted once, ended in a bare error of Python, or did not say what was wrong.
+MENDED = (
+    """
+passages (retrieve): title: an empty list|settings (train): --lora_r 0|settings (train): --accelerate_config
+settings (train): --save_steps 0|settings (train): --model_revision|settings (train): --dataset_test_split
+settings (train): --chat_template_kwargs {|settings (train): --output_dir /proc|settings (warmup): --packing
+settings (predict): --revision|settings (evaluate): --dataset_split|settings: no run|YAML files: a number as a name
+YAML files: random bytes|adapter_config.json: dropout 2|tokenizer: missing|roles: swapped|roles: base empty
+adapters to start from: swapped|results (evaluate): empty|results (evaluate): HTML|log_history.jsonl (report): HTML
+disk full (train): files end at 16,000|disk full (predict): files end at 10|folders without permission: predict
+folders without permission: report|folders without permission: retrieve|files without permission
+Python: pipe(documents): a text|Python: pipe(batch_size=0)|Python: RAGPipeline.from_pretrained: n
+Python: RAGPipeline.from_pretrained: a number|Python: build_dataset: null|Python: read_questions|Python: read_corpus
+Python: load_records|Python: BM25Retriever of texts|Python: retrieve_candidates of no|Python: DROConfig
+Python: DROTrainer: args|Python: DROTrainer: a selector_model|Python: DROTrainer: callbacks
+Python: PromptBuilder of no
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+
+
+def named(case):
+    return f"{case.area}: {case.name}"
 
 
 def test_bad_inputs_end_in_one_line_that_names_what_is_wrong(world):
+    mended = [case for case in all_cases() if named(case).startswith(tuple(MENDED))]
+    assert all(any(named(case).startswith(name) for case in mended) for name in MENDED)
     wrong = {}
-    for case in SAMPLE:
+    for case in {named(case): case for case in [*SAMPLE, *mended]}.values():
         kind, message = outcome(case, world)
-        if kind != "one line" and not any(word in f"{case.area}: {case.name}" for word in OPEN):
-            wrong[f"{case.area}: {case.name}"] = (kind, message[:200])
+        if kind != "one line":
+            wrong[named(case)] = (kind, message[:200])
     assert not wrong
 
 

@@ -144,6 +144,7 @@ def test_nothing_is_uploaded_but_what_a_user_of_the_system_needs(hub, pushed, fr
         rest = {name for name in files if not re.match(r"(base|last-checkpoint|(selector|generator)(/base)?)/", name)}
         assert rest == {".gitattributes", "README.md", "metrics.json", "rag_config.json"}
         assert {name.split("/")[-1] for name in files if name.startswith(("selector/", "generator/"))} <= {
+            "role.json",
             *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
             *("chat_template.jinja", "special_tokens_map.json"),
         }

@@ -173,6 +173,17 @@ def test_tokens_are_counted_without_padding(rag):
     assert rag.count.tokens == expected
 
 
+def test_rows_read_by_themselves_are_as_long_as_they_are_taken_to_be(rag):
+    together = rag.question_lengths(QUESTIONS, 4)
+    rag.roles.separate = {"selector"}
+    prompts = [len(rag.prompts["selector"](q["question"], q["documents"])) for q in QUESTIONS]
+    apart = rag.question_lengths(QUESTIONS, 4)
+    assert apart == [4 * (length + rag.codec.max_length) for length in prompts] > together
+    with torch.no_grad():
+        rag.permutation_logps(QUESTIONS, torch.tensor([[[1, 2], [2, 1], [2, 3], [3, 1]]] * 2))
+    assert 0.9 * sum(apart) < rag.count.tokens <= sum(apart) + sum(prompts)
+
+
 def test_cached_steps_count_their_new_tokens_only(rag):
     rag.sample(QUESTIONS, 8)
     prompts = sum(len(rag.prompts["selector"](q["question"], q["documents"])) for q in QUESTIONS)

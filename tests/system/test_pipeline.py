@@ -12,7 +12,7 @@ from trl_dro.data import DatasetError
 from trl_dro.model.prompts import PromptTooLongError
 from trl_dro.model.roles import ROLES, RolePair
 from trl_dro.retrieval import BM25Retriever
-from trl_dro.system.pipeline import choice_probabilities
+from trl_dro.system.pipeline import _Streamer, choice_probabilities
 
 from ..test_faults import make_trainer
 from ..trainer.test_dro_trainer import make_dataset
@@ -158,6 +158,29 @@ def test_streamed_pieces_make_the_answer(pipe, run):
         assert "".join(pieces).strip() == answer
         assert documents == pipe.select([record["question"]], [record["documents"]])[0]
     assert len(pieces) > 1
+
+
+def test_a_stream_leaves_out_the_end_of_a_turn_that_is_not_declared_special(run, monkeypatch):
+    pipe = RAGPipeline.from_pretrained(run[0], options=CPU)
+    tokenizer = pipe.rag.tokenizers["generator"]
+    question, documents = RECORDS[0]["question"], RECORDS[0]["documents"]
+    written: list[int] = []
+    put = _Streamer.put
+
+    def keep(self, value):
+        written.extend([] if self.next_tokens_are_prompt else value.tolist())
+        put(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Streamer, "put", keep)
+        list(pipe.stream(question, documents=documents).pieces)
+    end = written[3]
+    assert end not in written[:3] and not set(written[:4]) & set(tokenizer.all_special_ids)
+    for module in ("trl_dro.model.rag_model", "trl_dro.system.pipeline", "trl_dro.model.control_tokens"):
+        monkeypatch.setattr(f"{module}.end_token_id", lambda tokenizer: end)
+    answer = pipe(question, documents=documents).answer
+    assert answer == tokenizer.decode(written[:3]).strip()
+    assert "".join(pipe.stream(question, documents=documents).pieces).strip() == answer
 
 
 def test_whoever_watches_sees_each_output_grow_and_can_leave_one_unfinished(pipe, run):

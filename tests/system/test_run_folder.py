@@ -13,6 +13,7 @@ from trl_dro.model.roles import ROLES, RolePair
 from trl_dro.system.rag_config import RAGConfig
 from trl_dro.system.run_folder import export_merged, find_role
 
+from ..model.test_control_tokens import turns_tokenizer
 from ..test_faults import LORA, TOKENIZER, make_trainer
 from ..tiny_models import tiny_llama
 from ..trainer.test_dro_trainer import make_dataset, randomize_adapters
@@ -211,6 +212,47 @@ def test_a_merged_role_is_asked_as_it_was_trained(base, tmp_path):
     assert loaded.config == pipe.config and loaded.config.num_selected == 2
     assert loaded.config.selector_template == template
     assert RAGPipeline.from_pretrained(tmp_path / "plain", options=CPU).config == pipe.config
+
+
+def test_a_merged_role_stops_where_its_answers_ended(base, tmp_path):
+    tokenizer = turns_tokenizer(special=False)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    model = tiny_llama(tokenizer)
+    model.generation_config.eos_token_id = 7  # what the base declares
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    export_merged(find_role(tmp_path / "base", "generator"), tmp_path / "merged", CPU)
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert written == sorted({7, end, tokenizer.eos_token_id}) and len(written) == 3
+
+
+def swap(folder):
+    (folder / "selector").rename(folder / "x")
+    (folder / "generator").rename(folder / "selector")
+    (folder / "x").rename(folder / "generator")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (swap, "is asked to be the .*, but holds the .* \\(role.json\\): take the folder of"),
+        (lambda folder: [path.unlink() for path in folder.rglob("tokenizer*")], "has lost the tokenizer that it was"),
+        (lambda folder: (folder / "base").mkdir(), "base is empty: copy the run again"),
+    ],
+    ids=["swapped roles", "no tokenizer", "an empty base"],
+)
+def test_a_run_that_was_damaged_in_copying_is_refused(base, tmp_path, damage, message):
+    trainer_on(base, tmp_path / "run").save_model()
+    RAGPipeline.from_pretrained(tmp_path / "run", options=CPU)
+    damage(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        RAGPipeline.from_pretrained(tmp_path / "run", options=CPU)
+
+
+def test_a_local_folder_has_no_revisions(base):
+    assert find_role(base, "selector", revision="main")
+    with pytest.raises(ValueError, match="which has no revision 'v1': leave the revision out"):
+        find_role(base, "selector", revision="v1")
 
 
 def test_a_quantized_base_is_not_merged_into(base, tmp_path):

@@ -184,3 +184,6 @@ def test_work_follows_the_table_of_the_cost_model():
     assert cost.forward_equivalents("generator", checkpointed, True, True) == 120 + 3 * 120
     assert cost.forward_equivalents("selector", work, False, False) == 120
     assert cost.forward_equivalents("generator", work, False, False) == 120
+    # Rows that share nothing, K = 2: 100 for the first choice, 4 (100 + 2.5) for the second, 2 * 4 (100 + 5) to train.
+    separate = cost.Work(100, 5, 30, 6, num_permutations=4, checkpointing=False, separate_choices=2)
+    assert cost.forward_equivalents("selector", separate, True, False) == 100 + 410 + 840

@@ -1058,3 +1058,9 @@ def test_scores_of_ones_own_stand_beside_the_others(make_trainer, tokenizer):
         trainer.compute_metrics = lambda predictions, records, returned=returned: returned
         with pytest.raises(ValueError, match=message):
             trainer.evaluate()
+
+
+def test_operations_that_are_not_counted_are_not_logged_as_none(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    assert "total_flos" not in trainer.train().metrics
+    assert not any("total_flos" in row for row in trainer.state.log_history)

@@ -1,4 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -33,7 +35,7 @@ def test_counted_lengths_are_those_that_the_trainer_goes_by(tmp_path):
     args, questions = config(tmp_path, max_answer_length=8), make_questions()
     _, codec, prompts = check_inputs(MODEL, None, TOKENIZER, args, questions, None)
     lengths = Lengths.of_data(questions, args, prompts, codec)
-    rag = RAGModel(None, {}, prompts, codec, torch.device("cpu"))
+    rag = RAGModel(SimpleNamespace(separate=set()), {}, prompts, codec, torch.device("cpu"))
     answer = len(TOKENIZER("Anna Brown").input_ids) + 1
     for record, most in zip(questions.to_list(), rag.question_lengths(questions.to_list(), 1), strict=True):
         selector = len(prompts["selector"](record["question"], record["documents"]))
@@ -92,3 +94,13 @@ def test_what_lowers_memory_lowers_the_estimate(tmp_path):
         lower = {"gradient_checkpointing": False} | settings
         assert peak(**lower) < peak(gradient_checkpointing=False), settings
     assert usual == peak(gradient_checkpointing=True)
+
+
+def test_rows_that_share_no_prompt_are_counted_each_with_its_own(tmp_path):
+    shared, separate = (rows(config(tmp_path, shared_prefix=value)) for value in ("auto", "never"))
+
+    def tokens(shown):
+        return int(shown["update"].split(": ")[1].split()[0].replace(",", ""))
+
+    assert tokens(separate) > 2 * tokens(shared)
+    assert separate["work of an update"] != shared["work of an update"]

@@ -4,7 +4,9 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import math
+import os
 import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentTypeError
@@ -19,6 +21,14 @@ from trl import TrlParser
 if TYPE_CHECKING:
     from ..system.run_folder import LoadOptions
 
+
+# What retrieves without a corpus, see [`~retrieval.services.open_service`].
+SERVICE_HELP = (
+    "Service that finds the candidates, instead of a corpus: elasticsearch+URL/INDEX, opensearch+URL/INDEX, "
+    "qdrant+URL/COLLECTION, qdrant+file:FOLDER/COLLECTION, or MODULE:FUNCTION that returns a LangChain or LlamaIndex "
+    "retriever."
+)
+DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
 
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
@@ -80,6 +90,8 @@ class LaunchArguments:
 
     def __post_init__(self):
         check_range(self, ["num_processes"], 1)
+        if self.accelerate_config is not None and not os.path.isfile(self.accelerate_config):
+            raise ValueError(f"--accelerate_config {self.accelerate_config}: there is no such file; check the path")
 
 
 @dataclass(kw_only=True)
@@ -154,6 +166,10 @@ class QuestionArguments(LoadArguments):
             Questions, jsonl, whose candidates BM25 retrieves from `corpus`.
         corpus (`str`, *optional*):
             Passages, as for [`~data.corpus.open_corpus`].
+        retriever (`str`, *optional*):
+            Service that retrieves them instead of BM25, see [`~retrieval.services.open_service`].
+        dense_model (`str`, *optional*):
+            Model that encodes questions for it, if it searches vectors.
         dataset_name (`str`, *optional*):
             Dataset with candidates, instead: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file.
         dataset_split (`str`, *optional*):
@@ -173,6 +189,8 @@ class QuestionArguments(LoadArguments):
         default=None, metadata={"help": "Questions, jsonl, whose candidates BM25 retrieves from the corpus."}
     )
     corpus: str | None = field(default=None, metadata={"help": CORPUS_HELP})
+    retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
+    dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
     dataset_name: str | None = field(default=None, metadata={"help": DATASET_HELP})
     dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
@@ -230,15 +248,34 @@ class Parser(TrlParser):
             args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
             if args[-1:] == ["--config"]:
                 self.error("--config needs a file: --config FILE.yaml")
+            if "--config" in args:
+                self._check_config_file(args[args.index("--config") + 1])
         try:
             return super().parse_args_and_config(args, *positional, **kwargs)
-        except yaml.MarkedYAMLError as error:
-            mark: Any = error.problem_mark
-            self.error(f"{mark.name}, line {mark.line + 1}: is no YAML ({error.problem}): write `setting: value`")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"the config file is no YAML ({one_line(error)}): write `setting: value`")
         except (OSError, TypeError, ValueError) as error:
             self.error(one_line(error))
+
+    def _check_config_file(self, path: str) -> None:
+        """What TRL's parser would stumble over."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = yaml.safe_load(file)
+        except OSError as error:
+            self.error(one_line(error))
+        except yaml.MarkedYAMLError as error:
+            mark: Any = error.problem_mark
+            self.error(f"{path}, line {mark.line + 1}: is no YAML ({error.problem}): write `setting: value`")
+        except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError, and dates that are none
+            self.error(f"{path}: is no YAML ({one_line(error)}): write `setting: value`")
+        except RecursionError:
+            self.error(f"{path}: is nested too deeply to be read: write `setting: value`")
+        if not isinstance(config, dict):
+            self.error(f"{path}: holds a {type(config).__name__}, not settings: write `setting: value`")
+        for name in config:
+            if not isinstance(name, str):
+                self.error(f"{path}: {name!r} is no setting but a {type(name).__name__}: write its name")
+        if not isinstance(config.get("env", {}), dict):
+            self.error(f"{path}: env holds a {type(config['env']).__name__}: write `NAME: value` in it")
 
     def parse_known_args(self, args=None, namespace=None):
         """As that of argparse, but nothing may be unknown, which is said before what is missing."""
@@ -250,7 +287,19 @@ class Parser(TrlParser):
                 self.error(f"there is no setting {flag}{self._suggestion(name, '--')}")
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"{unknown[0]!r} belongs to no setting; a file of settings is passed with --config")
+            self.error(
+                f"{unknown[0]!r} belongs to no setting: leave it out; a file of settings is passed with --config"
+            )
+        for kind in self.dataclass_types:
+            for each in dataclasses.fields(kind):
+                value: Any = getattr(namespace, each.name, None)
+                # Parsed in `__post_init__`, where an error would not tell the setting.
+                is_json = isinstance(value, str) and value.startswith("{")
+                if is_json and each.name.endswith(("_kwargs", "_config", "_args")):
+                    try:
+                        json.loads(value)
+                    except (ValueError, RecursionError) as error:
+                        self.error(f"--{each.name} {value[:60]}: is no valid JSON ({one_line(error)}); correct it")
         return namespace, unknown
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -296,6 +345,7 @@ class Parser(TrlParser):
         return value
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("the following arguments are required:", "something is missing: pass")
         self.exit(2, f"{self.prog}: {message}\n")
 
     def format_help(self, everything: bool = False) -> str:

@@ -4,6 +4,7 @@
 import difflib
 import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     debug = "--debug" in arguments
     arguments = [each for each in arguments if each != "--debug"]
     check_usage(name, arguments)
+    parsed: tuple[Any, ...] = ()
     try:
         parsed = make_parser(name).parse_args_and_config(arguments)
         if may_launch and isinstance(parsed[0], LaunchArguments) and launches(parsed[0]):
@@ -93,16 +95,31 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
     except (ValueError, ImportError, OSError, FloatingPointError) as error:  # a DatasetError is a ValueError
         if debug:
             raise
-        sys.exit(f"trl-dro {name}: {one_line(error)}")
+        sys.exit(f"trl-dro {name}: {one_line(error)}{_where_written(error, parsed)}")
     except Exception as error:  # what no check foresaw
         if debug:
             raise
+        if written := _where_written(error, parsed):
+            sys.exit(f"trl-dro {name}: {one_line(error)}{written}")
         sys.exit(
             f"trl-dro {name}: {UNFORESEEN} {type(error).__name__}: {one_line(error)}; --debug shows where, "
             "please report it with that"
         )
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" if name == "train" else "\ninterrupted; the same command goes on where it stopped")
+
+
+# What tokenizers, safetensors and torch say of a full disk, each with an error of its own.
+_SYSTEM = re.compile(r"os error \d+|iostream error|PytorchStreamWriter|inline_container")
+
+
+def _where_written(error: Exception, parsed: tuple[Any, ...]) -> str:
+    """Of an error of the system that names no file: the folders that are written to, and what to look for in them."""
+    unnamed = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    if not unnamed and not _SYSTEM.search(str(error)):
+        return ""
+    folders = [vars(each)[key] for each in parsed for key in ("output_dir", "cache_dir") if vars(each).get(key)]
+    return f"; free space, or mend the permissions, in {' and '.join(map(str, folders)) or 'the folders written to'}"
 
 
 def hush_libraries() -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ..data import load_records, read_corpus, read_questions
+from ..data import load_records, read_questions
 from ..data.resumable import SKIPPED_FILE, write_json
 from ..data.schema import REQUIRED_COLUMNS, BadRow, DatasetError, check_record, check_types, require_columns
 from ..data.storage import content_key
@@ -13,7 +13,8 @@ from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..evaluation.scoring import Selection
 from ..evaluation.summary import load_baseline, print_report, summarize
-from ..retrieval import BM25Retriever, retrieve_candidates
+from ..retrieval import retrieve_candidates
+from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.rag_config import RAGConfig
@@ -79,8 +80,8 @@ class EvaluationArguments(QuestionArguments):
             raise ValueError("nothing to evaluate: name a run (trl-dro evaluate RUN), or --generator and --selector")
         if self.selector is None and self.model is None:
             raise ValueError("--generator alone selects nothing: pass --selector PATH, or retriever, or oracle")
-        if (self.questions is None) != (self.corpus is None):
-            raise ValueError("--questions and --corpus go together: questions need a corpus to retrieve from")
+        if (self.questions is None) != (self.corpus is None and self.retriever is None):
+            raise ValueError("--questions and --corpus go together: questions need a corpus, or a --retriever")
         if (self.questions is None) == (self.dataset_name is None):
             raise ValueError("pass either --dataset_name, or --questions and --corpus")
         if self.revision is not None and self.generator is not None:
@@ -166,8 +167,8 @@ def _load_questions(args: EvaluationArguments) -> Questions:
     if args.max_questions is not None:
         questions.keep_first(args.max_questions)
     questions.settle(args.on_error)
-    if args.corpus is not None:
-        retriever = BM25Retriever(read_corpus(args.corpus))
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    if retriever is not None:
         k = args.max_candidates or RAGConfig.max_candidates
         questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
     require_columns(questions.dataset, REQUIRED_COLUMNS, name)

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DatasetError, load_records, read_corpus, read_open_questions
+from ..data import DatasetError, load_records, read_open_questions
 from ..data.resumable import SKIPPED_FILE, complete_rows, fingerprint
 from ..data.schema import BadRow, check_documents, check_question
 from ..data.storage import content_key
 from ..evaluation.evaluation import batches
-from ..retrieval import BM25Retriever, retrieve_candidates
+from ..retrieval import retrieve_candidates
+from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.rag_config import RAGConfig
@@ -49,8 +50,8 @@ class PredictArguments(QuestionArguments):
             raise ValueError("nothing to answer with: name a run folder or Hub repo, trl-dro predict RUN")
         if (self.questions is None) == (self.dataset_name is None):
             raise ValueError("pass either --questions, with or without --corpus, or --dataset_name")
-        if self.corpus is not None and self.questions is None:
-            raise ValueError("--dataset_name has candidates already: leave out --corpus")
+        if (self.corpus or self.retriever) is not None and self.questions is None:
+            raise ValueError("--dataset_name has candidates already: leave out --corpus and --retriever")
 
 
 def predict(args: PredictArguments) -> list[dict[str, Any]]:
@@ -114,14 +115,14 @@ def _load_questions(args: PredictArguments) -> Questions:
     if args.max_questions is not None:
         questions.keep_first(args.max_questions)
     questions.settle(args.on_error)
-    if args.corpus is not None:
-        retriever = BM25Retriever(read_corpus(args.corpus))
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    if retriever is not None:
         k = args.max_candidates or RAGConfig.max_candidates
         questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
         return questions
     for column in ("question", "documents"):
         if column not in dataset.column_names:
-            hint = "; pass --corpus to retrieve them" if column == "documents" and args.questions else ""
+            hint = "; pass --corpus or --retriever to find them" if column == "documents" and args.questions else ""
             raise DatasetError(f"{name} has no {column}{hint}")
 
     def check(record: dict[str, Any], where: str) -> None:

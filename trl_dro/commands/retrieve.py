@@ -18,9 +18,11 @@ from ..retrieval import (
     HybridRetriever,
     PrecomputedRetriever,
     Retriever,
+    open_service,
     retrieve_to_folder,
 )
 from ..retrieval.job import print_report, read_report
+from ..retrieval.services import HOW_TO_NAME, is_service
 from .arguments import CORPUS_HELP, check_range
 
 
@@ -52,13 +54,17 @@ class RetrieveArguments:
         default_factory=lambda: ["bm25"],
         metadata={
             "help": f"One of {', '.join(RETRIEVERS)}; several are fused by reciprocal rank. `precomputed` takes the "
-            "candidates that the questions have already, such as the paragraphs of a benchmark."
+            "candidates that the questions have already, such as the paragraphs of a benchmark. Or a service: "
+            "elasticsearch+URL/INDEX, opensearch+URL/INDEX, qdrant+URL/COLLECTION, qdrant+file:FOLDER/COLLECTION, or "
+            "MODULE:FUNCTION that returns a LangChain or LlamaIndex retriever."
         },
     )
     k: int = field(default=20, metadata={"help": "Candidates per question."})
     dense_model: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
-        metadata={"help": "sentence-transformers model of `dense`, a Hub id or a folder."},
+        metadata={
+            "help": "sentence-transformers model of `dense` and of services that search vectors, a Hub id or folder."
+        },
     )
     dense_index: str = field(
         default="Flat", metadata={"help": "Index of `dense` as faiss.index_factory names it; Flat is exact."}
@@ -80,16 +86,18 @@ class RetrieveArguments:
 
     def __post_init__(self):
         for name in self.retriever:
-            if name not in RETRIEVERS:
-                raise DatasetError(f"--retriever {name}: choose one or several of {', '.join(RETRIEVERS)}")
+            if name not in RETRIEVERS and not is_service(name):
+                raise DatasetError(
+                    f"--retriever {name}: choose one or several of {', '.join(RETRIEVERS)}, or {HOW_TO_NAME}"
+                )
         if len(set(self.retriever)) != len(self.retriever):
             raise DatasetError(f"--retriever {' '.join(self.retriever)}: name each retriever once")
-        needs_corpus = self.retriever != ["precomputed"]
+        needs_corpus = any(name != "precomputed" and not is_service(name) for name in self.retriever)
         if needs_corpus != (self.corpus is not None):
             raise DatasetError(
                 f"--retriever {' '.join(self.retriever)} needs a corpus to search: --corpus FILE"
                 if needs_corpus
-                else "--retriever precomputed searches no corpus: leave out --corpus"
+                else f"--retriever {' '.join(self.retriever)} searches no corpus: leave out --corpus"
             )
         check_range(self, ["k", "shard_size", "batch_size", "words_per_passage"], 1)
         check_range(self, ["k1"], 0)
@@ -133,7 +141,10 @@ def load_questions(args: RetrieveArguments) -> Dataset:
     if args.source is not None:
         raise DatasetError(f"--source belongs to a benchmark ({', '.join(BENCHMARKS)}), not to {args.questions}")
     if args.retriever == ["precomputed"] or not args.questions.endswith((".jsonl", ".jsonl.gz")):
-        return load_records(args.questions, args.split)
+        # What has no splits of its own becomes that of the result.
+        path = Path(args.questions)
+        has_splits = not path.exists() or (path / "dataset_dict.json").is_file()
+        return load_records(args.questions, args.split if has_splits else None)
     return read_questions(args.questions)
 
 
@@ -146,5 +157,7 @@ def make_retriever(name: str, args: RetrieveArguments, questions: Dataset) -> Re
             return DenseRetriever(args.dense_model, factory=args.dense_index)
         case "colbert":
             return ColBERTRetriever(args.colbert_model)
-        case _:
+        case "precomputed":
             return PrecomputedRetriever(questions)
+        case _:
+            return open_service(name, args.dense_model)

@@ -4,11 +4,10 @@
 import os
 from dataclasses import dataclass, field
 
-from ..data import read_corpus
-from ..retrieval import BM25Retriever
+from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from .arguments import CORPUS_HELP, LoadArguments, check_range
+from .arguments import CORPUS_HELP, DENSE_MODEL_HELP, SERVICE_HELP, LoadArguments, check_range
 
 
 KEY_VARIABLE = "TRL_DRO_API_KEY"
@@ -22,6 +21,10 @@ class ServeArguments(ServerLimits, LoadArguments):
     Args:
         corpus (`str`, *optional*):
             Passages, as for [`~data.corpus.open_corpus`], from which BM25 retrieves where a request has no documents.
+        retriever (`str`, *optional*):
+            Service that retrieves instead, see [`~retrieval.services.open_service`].
+        dense_model (`str`, *optional*):
+            Model that encodes questions for it, if it searches vectors.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
@@ -32,6 +35,8 @@ class ServeArguments(ServerLimits, LoadArguments):
         default=None,
         metadata={"help": f"{CORPUS_HELP} BM25 retrieves from them where a request has no documents."},
     )
+    retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
+    dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
 
@@ -62,7 +67,7 @@ def serve(args: ServeArguments) -> None:
     if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
-    retriever = None if args.corpus is None else BM25Retriever(read_corpus(args.corpus))
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
         selector=args.selector,

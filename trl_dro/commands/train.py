@@ -15,7 +15,7 @@ from ..data import load_records, read_corpus, read_questions, validate_dataset
 from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
 from ..model.loading import refuse_file
-from ..model.roles import load_role_adapters
+from ..model.roles import check_role, load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
@@ -24,6 +24,7 @@ from ..trainer.dro_trainer import DROTrainer
 from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
+from ..trainer.ranges import check_model_settings
 from ..trainer.run import checkpoints_of_run
 from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
 
@@ -144,8 +145,9 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
         `ValueError`: settings cannot work together.
     """
     set_seed(training_args.seed)
-    for name in (model_args.model_name_or_path, args.selector_model_name_or_path):
-        refuse_file(name)
+    check_model_settings(model_args)
+    refuse_file(model_args.model_name_or_path, model_args.model_revision)
+    refuse_file(args.selector_model_name_or_path)
     model = model_args.model_name_or_path or tiny_model_for(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -198,6 +200,8 @@ def check_adapters(
     if len(set(bases.values())) > 1:
         told = " and ".join(f"{path} on {base}" for path, base in bases.items())
         raise ValueError(f"the adapters to start from were trained on different models ({told}): train both on one")
+    check_role(selector, "selector")
+    check_role(generator, "generator")
     for path in folders:
         check_adapter(path, model, model_args.model_revision, training_args.trust_remote_code)
 
@@ -208,6 +212,8 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
     lengths are the most that the settings allow.
     """
     refuse_unsupported(training_args)
+    if args.selector_adapter and args.generator_adapter:
+        check_adapters(args.selector_adapter, args.generator_adapter, model, training_args, model_args)
     models = describe_models(model, args, training_args, model_args)
     num_processes = max(training_args.world_size, args.num_processes or torch.cuda.device_count())
     lengths = Lengths.of_settings(training_args)

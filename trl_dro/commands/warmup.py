@@ -22,12 +22,12 @@ from ..data.storage import alone_in, different
 from ..demo.tiny import tiny_model_for
 from ..model.codec import PermutationCodec
 from ..model.loading import load_tokenizer, refuse_file
-from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths
-from ..model.roles import ROLES
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, check_lengths, check_template
+from ..model.roles import ROLES, Role, note_role
 from ..system.rag_config import RAGConfig
 from ..system.run_folder import files_key
 from ..system.upload import upload_system
-from ..trainer.ranges import check_numbers
+from ..trainer.ranges import check_model_settings, check_numbers
 from ..trainer.run import Identity, RunTrainer, checkpoints_of_run, read_run
 from ..trainer.warmup import (
     examples_key,
@@ -43,6 +43,16 @@ from .arguments import DATASET_HELP, LaunchArguments, check_range
 _IDENTIFYING_SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("weight_decay", "max_grad_norm", "optim", "lr_scheduler_type", "warmup_steps", "seed", "data_seed"),
+)
+# Settings of TRL that a warm-up cannot follow: name, value that asks for nothing, reason.
+_IGNORED = (
+    ("packing", False, "examples are never cut, so there is no length to pack them to"),
+    ("eval_packing", False, "nothing is evaluated"),
+    ("padding_free", False, "examples are padded"),
+    ("assistant_only_loss", False, "the completion alone is learned already"),
+    ("completion_only_loss", True, "the prompt is never learned"),
+    ("eval_strategy", "no", "a warm-up has no questions to evaluate on"),
+    ("load_best_model_at_end", False, "a warm-up has no questions to tell the best by"),
 )
 
 
@@ -105,8 +115,13 @@ class WarmUpArguments(LaunchArguments):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)
         check_range(self, ["num_selected", "max_document_length", "max_answer_length"], 1)
+        if self.max_candidates < self.num_selected:
+            raise ValueError(
+                f"--max_candidates {self.max_candidates}: it must be at least {self.num_selected} (num_selected)"
+            )
+        for role in ROLES:
+            check_template(getattr(self, f"{role}_template"), f"{role}_template")
         check_range(self, ["min_selected"], 0, self.num_selected)
-        check_range(self, ["max_candidates"], self.num_selected)
 
 
 def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -126,13 +141,17 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
         `DatasetError`: the data or the teacher's rankings cannot be used.
     """
     check_numbers(sft_args)
+    check_model_settings(model_args)
+    for name, neutral, reason in _IGNORED:
+        if (value := getattr(sft_args, name)) not in (neutral, None):
+            raise ValueError(f"--{name} {value}: {reason}; leave it out")
     if sft_args.max_length not in (None, SFTConfig.max_length):
         raise ValueError(
             f"--max_length {sft_args.max_length} would cut examples at their end, where the answer is: set "
             "--max_document_length, which cuts documents"
         )
     model_args.use_peft = True
-    refuse_file(model_args.model_name_or_path)
+    refuse_file(model_args.model_name_or_path, model_args.model_revision)
     model = model_args.model_name_or_path or tiny_model_for(args)
     tokenizer = load_tokenizer(model, model_args.model_revision)
     if tokenizer.pad_token is None:
@@ -170,7 +189,7 @@ def warm_up(args: WarmUpArguments, sft_args: SFTConfig, model_args: ModelConfig)
                 processing_class=tokenizer,
                 peft_config=get_peft_config(model_args),
             )
-            warm_up_role(sft_args, known_by, make)
+            warm_up_role(role, sft_args, known_by, make)
         if sft_args.should_save:
             names = {each.name for each in fields(RAGConfig)}
             set_here = {name: value for name, value in vars(args).items() if name in names and value is not None}
@@ -257,11 +276,13 @@ def warm_up_identity(args: TrainingArguments, known_by: Identity) -> Identity:
     return identity
 
 
-def warm_up_role(args: SFTConfig, known_by: Identity, make: Callable[[], WarmUpTrainer]) -> None:
+def warm_up_role(role: Role, args: SFTConfig, known_by: Identity, make: Callable[[], WarmUpTrainer]) -> None:
     """
     Trains a role into `args.output_dir`, unless that is done, and from where it was stopped if it was.
 
     Args:
+        role (`str`):
+            The role.
         args ([`~trl.SFTConfig`]):
             Training.
         known_by (`dict`):
@@ -285,4 +306,6 @@ def warm_up_role(args: SFTConfig, known_by: Identity, make: Callable[[], WarmUpT
     trainer = make()
     trainer.train(resume_from_checkpoint=begun or None)
     trainer.save_model()
+    if args.should_save:
+        note_role(folder, role)
     trainer.finish()

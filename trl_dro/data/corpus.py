@@ -16,8 +16,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .chunking import DocumentFolder
 from .lines import as_identifier, dataset_rows, first_line, read_jsonl, read_tsv, require_file, require_key
-from .schema import DatasetError, Document
-from .storage import DEFAULT_CACHE_DIR, build_once, content_key, file_key
+from .schema import DatasetError, Document, check_documents
+from .storage import DEFAULT_CACHE_DIR, as_path, build_once, content_key, file_key
 
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -57,9 +57,11 @@ class Corpus:
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "Corpus":
         """A corpus of passages in memory, which are taken as they are. Raises a [`DatasetError`] if there are none."""
-        rows = [{"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in documents]
-        if not rows:
+        passages = list(documents)
+        if not passages:
             raise DatasetError("the corpus has no passages; check the file it was read from")
+        check_documents(passages, "corpus", num_selected=1)
+        rows = [{"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in passages]
         return cls(Dataset(pa.Table.from_pylist(rows, schema=SCHEMA)), content_key(rows))
 
     def __len__(self) -> int:
@@ -171,8 +173,8 @@ class _Source:
     """Where passages come from, in which form."""
 
     def __init__(self, path_or_id: str | os.PathLike, words_per_passage: int = 100):
+        path = as_path(path_or_id)
         self.name = os.fspath(path_or_id)
-        path = Path(path_or_id)
         self.dataset: Dataset | None = None
         self.folder: DocumentFolder | None = None
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -238,7 +240,7 @@ def _passage(row: dict[str, Any], where: str) -> Document:
         title, text = (head.strip().strip('"'), rest) if rest.strip() else ("", head)
     else:
         require_key(row, "text", where)
-        title, text = row.get("title") or "", row["text"]
+        title, text = "" if row.get("title") is None else row["title"], row["text"]
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(
             f"{where}, key text (id {passage_id!r}): must be a non-empty string; fill it or drop the line"

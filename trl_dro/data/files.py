@@ -4,7 +4,6 @@
 import os
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -21,6 +20,7 @@ from .schema import (
     check_record,
     collecting,
 )
+from .storage import as_path
 
 
 def read_questions(path: str | os.PathLike, bad_rows: list[BadRow] | None = None) -> Dataset:
@@ -94,7 +94,7 @@ def load_records(
     Args:
         path_or_id (`str` or `os.PathLike`): a folder written by `Dataset.save_to_disk`, a `.jsonl` file with one
             record per line, a `.parquet` file, or the id of a dataset on the Hub.
-        split (`str`, *optional*): split to take where there are several; ignored for a file or folder without splits.
+        split (`str`, *optional*): split to take where there are several; a file or folder without splits is `"train"`.
         bad_rows (`list[BadRow]`, *optional*): list to which broken rows of a `.jsonl` file are added, which are then
             left out.
 
@@ -105,7 +105,7 @@ def load_records(
     Raises:
         `DatasetError`: there is nothing to load at this place, or it cannot be read.
     """
-    path = Path(path_or_id)
+    path = as_path(path_or_id)
     if path.is_dir():
         try:
             loaded = load_from_disk(path)
@@ -119,9 +119,11 @@ def load_records(
                 f"folder {path} cannot be read as a dataset ({first_line(error)}); write or copy it again"
             ) from error
     elif path.suffix in (".jsonl", ".json"):
+        _refuse_split(path, split)
         return _build(path, _check_record, bad_rows)
     elif path.suffix == ".parquet":
         require_file(path)
+        _refuse_split(path, split)
         try:
             return Dataset.from_parquet(str(path))
         except Exception as error:  # datasets wraps whatever the Parquet reader raises
@@ -144,7 +146,15 @@ def load_records(
         if split not in loaded:
             raise DatasetError(f"dataset {path_or_id} has the splits {', '.join(loaded)}; name one, not {split!r}")
         return loaded[split]
+    if path.is_dir():
+        _refuse_split(path_or_id, split, loaded.split)
     return loaded
+
+
+def _refuse_split(path: str | os.PathLike, split: str | None, own: Any = None) -> None:
+    """Raises for a split of a source that has none, as it would be all of it; `"train"` is what callers default to."""
+    if split not in (None, "train", own):
+        raise DatasetError(f"{path} has no splits, so none is called {split!r}: leave it out, or name another dataset")
 
 
 def _check_record(row: dict[str, Any], where: str) -> dict[str, Any]:

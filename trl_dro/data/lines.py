@@ -14,6 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .schema import BadRow, DatasetError, collecting
+from .storage import as_path
 
 
 # A text longer than Python's limit of 128 KiB for one field is not an error here.
@@ -22,7 +23,7 @@ csv.field_size_limit(2**31 - 1)
 
 def require_file(path: str | os.PathLike) -> None:
     """Raises a [`DatasetError`] unless there is a file at `path`."""
-    if not os.path.isfile(path):
+    if not as_path(path).is_file():
         raise DatasetError(f"{os.fspath(path)}: there is no such file; check the path")
 
 

@@ -58,8 +58,13 @@ def complete_rows(
     settings = json.loads(json.dumps(settings))
     numbers = row_numbers(num_rows, skipped)
     with alone_in(path.parent):
-        results = _whole_lines(path if path.is_file() else partial_path)
+        results = _whole_lines(path, cut=False) if path.is_file() else _whole_lines(partial_path)
         begun = _is_begun(path.parent, results, settings)
+        if path.is_file() and sorted(row["row"] for row in results) != numbers:
+            raise ValueError(
+                f"{path} is damaged: it has {len(results)} of {num_rows} results; delete that folder, or name another "
+                "output_dir"
+            )
         _write_skipped(path.parent / SKIPPED_FILE, skipped)
         done = {row["row"]: row for row in results}
         left = [place for place, row in enumerate(numbers) if row not in done]
@@ -145,12 +150,16 @@ def _is_begun(folder: Path, results: list[Row], settings: dict[str, Any]) -> boo
     return True
 
 
-def _whole_lines(path: Path) -> list[Row]:
-    """Lines of a file whose last one may have been cut; that one is removed from the file too."""
+def _whole_lines(path: Path, cut: bool = True) -> list[Row]:
+    """Lines of a file whose last one may have been cut: that one is removed from the file too, or `cut` is `False`."""
     if not path.is_file():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content) and not cut:
+        raise ValueError(
+            f"{path} is damaged: its last line is cut short; delete that folder, or name another output_dir"
+        )
     if len(whole) < len(content):
         with open(path, "rb+") as file:
             file.truncate(len(whole))

@@ -255,6 +255,8 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
     Raises:
         `DatasetError`: there is no record, or some questions are strings and others lists of messages.
     """
+    if isinstance(records, str) or not isinstance(records, Iterable):
+        raise DatasetError(f"records must be dicts with a question, one per row, not {_show(records)}; pass a list")
     records = iter(records)
     chunk = list(islice(records, 1000))
     if not chunk:
@@ -300,7 +302,15 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
 
 
 def require_columns(dataset: Dataset, columns: Iterable[str], name: str) -> None:
-    """Raises a [`DatasetError`] when a column is missing, with the renaming that mends it where one is likely."""
+    """
+    Raises a [`DatasetError`] when it is no dataset, or a column is missing, with the renaming that mends it where one
+    is likely.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DatasetError(
+            f"{name} must be a datasets.Dataset, not {type(dataset).__name__}; build one with "
+            "Dataset.from_list(list_of_records)"
+        )
     present = dataset.column_names
     for column in columns:
         if column not in present:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -34,6 +35,40 @@ def file_key(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
+def as_path(value: Any, what: str = "path") -> Path:
+    """
+    A path that was passed, as one.
+
+    Raises:
+        `ValueError`: it is no path but `None`, a number, an empty text and so on.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"{what} must be a text or a Path, not {value!r}: name a file or folder")
+    if "\0" in str(value):
+        raise ValueError(f"{what} {str(value)!r} holds a NUL, which no name can: correct it")
+    return Path(value)
+
+
+def make_folder(folder: str | os.PathLike) -> Path:
+    """
+    Makes a folder to write to, and those above it, unless it is there.
+
+    Raises:
+        `ValueError`: it cannot be made or written to; the message names it.
+    """
+    path = as_path(folder, "output_dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):  # permissions alone tell nothing of disks that are read only
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} is no folder that can be written to ({error.strerror or error}): name another output_dir, or "
+            "mend its permissions"
+        ) from None
+    return path
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, over an older one if there is one, so that a reader or a kill never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
@@ -44,7 +79,7 @@ def write_whole(path: Path, text: str) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock that ends with the process, so that two processes never write one folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
@@ -64,10 +99,9 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
     that ends. In one process it may be held twice.
 
     Raises:
-        `ValueError`: another process holds it.
+        `ValueError`: another process holds it, or it cannot be written to.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder).resolve() / LOCK_FILE, is_singleton=True)
+    lock = FileLock(make_folder(folder).resolve() / LOCK_FILE, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -36,13 +36,16 @@ class AnswerLikelihoodReward:
     Example:
 
     ```python
-    # needs a GPU, and a generator and a selector on disk
+    # needs a GPU, and a generator and a selector on disk: models of their own, not adapters
     from datasets import load_from_disk
     from trl import GRPOConfig, GRPOTrainer
     from trl_dro import RAGPipeline
     from trl_dro.integrations.rewards import AnswerLikelihoodReward, prompt_dataset
 
     pipe = RAGPipeline.from_pretrained("generator", selector="selector")
+    # An adapter's folder is no model to GRPOTrainer ("Unrecognized model"): merge it before,
+    # pipe.export_merged("selector", "merged-selector"), or put it on its base by hand:
+    # PeftModel.from_pretrained(base, "run/selector", is_trainable=True), as examples/grpo_selector.py does.
     trainer = GRPOTrainer(
         model="selector",
         reward_funcs=AnswerLikelihoodReward(pipe.rag),

@@ -181,6 +181,15 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, declared: int | Sequence[int] | None) -> list[int]:
+    """
+    Tokens at which generation stops: the end of a turn, the end-of-sequence token, and those that the model declares.
+    """
+    ends = {tokenizer.eos_token_id, end_token_id(tokenizer)} - {None}
+    ends |= {declared} if isinstance(declared, int) else set(declared or [])
+    return sorted(ends)
+
+
 def escape_marked(prompt: str) -> str:
     """A marked prompt for those who encode it themselves: a space breaks what they would read as a control token."""
     return re.sub(f"{MARK}(.)", r"\1 ", prompt, flags=re.DOTALL)

@@ -11,8 +11,15 @@ from .prompts import PromptBuilder, Template
 from .roles import ROLES, Role
 
 
-def refuse_file(name: str | Path | None) -> None:
-    """Raises `ValueError` if a model is named by a file: models are folders and repos, GGUF files not among them."""
+def refuse_file(name: str | Path | None, revision: str | None = None) -> None:
+    """
+    Raises `ValueError` if a model is named by a file, as models are folders and repos, GGUF files not among them; or
+    if it is a folder of which a revision is asked for.
+    """
+    if name is not None and revision not in (None, "main") and Path(name).is_dir():
+        raise ValueError(
+            f"{name} is a folder here, which has no revision {revision!r}: leave the revision out, or name a Hub repo"
+        )
     if name is not None and Path(name).is_file():
         what = "a GGUF file, for llama.cpp" if str(name).endswith(".gguf") else "a file"
         raise ValueError(f"{name} is {what}: name the model it was made from, a folder with config.json or a Hub id")
@@ -81,7 +88,8 @@ def context_length(
     else:
         config = model.config
     if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is an encoder-decoder model: both roles need a causal language model")
+        name = f"{model}: {config.model_type}" if isinstance(model, str) else config.model_type
+        raise ValueError(f"{name} is an encoder-decoder model: both roles need a causal language model")
     return longest_sequence(config)
 
 

@@ -5,8 +5,8 @@ Both roles read the same document block, `[1] title`, newline, `text`, and so on
 used when it has one, plain text otherwise. Documents that do not fit are shortened to a common number of tokens, so
 that none is lost whole.
 
-Texts cannot pass for what stands around them: control tokens in them are text (`control_tokens.py`), and a document
-has no line of its own that could begin another one (`document_body`).
+Texts cannot pass for what stands around them: control tokens in them are text (`control_tokens.py`), a document has no
+line of its own that could begin another one (`document_body`), and a question or a turn is one line (`question_body`).
 """
 
 import itertools
@@ -185,7 +185,7 @@ class PromptBuilder:
     def _write(self, question: Question, bodies: list[str]) -> str | list[dict[str, str]]:
         mark = control_tokens(self.tokenizer).mark
         fields = {
-            "question": mark(question_text(question)),
+            "question": mark(question_body(question)),
             "documents": "\n".join(f"[{i}] {mark(body)}" for i, body in enumerate(bodies, start=1)),
             "num_documents": len(bodies),
             "num_selected": self.num_selected,
@@ -263,10 +263,15 @@ def check_lengths(
             raise PromptTooLongError(f"{name}, row {longest_row}, column question: {error}") from None
 
 
-def check_template(template: Template) -> None:
-    """Raises `ValueError` if a format string has an unknown field, or lacks `{question}` or `{documents}`."""
-    if not isinstance(template, str):
+def check_template(template: Template, name: str = "prompt template") -> None:
+    """
+    Raises `ValueError`, in which the template has a name, if it is neither a function nor a format string, or one that
+    has an unknown field, or lacks `{question}` or `{documents}`.
+    """
+    if callable(template):
         return
+    if not isinstance(template, str):
+        raise ValueError(f"{name} must be a text or a function, not {template!r}: write one")
     # The first two are marks that no template contains by itself.
     marks: dict[str, Any] = {"question": "\0q", "documents": "\0d"}
     marks |= {"num_documents": 2, "num_selected": 1, "format": ""}
@@ -274,12 +279,12 @@ def check_template(template: Template) -> None:
         text = template.format(**marks)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"prompt template {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
-            f"are {', '.join('{' + name + '}' for name in marks)}; write other braces twice"
+            f"{name} {template[:60]!r} cannot be filled in ({type(error).__name__}: {error}): its fields "
+            f"are {', '.join('{' + field + '}' for field in marks)}; write other braces twice"
         ) from None
-    for name in ("question", "documents"):
-        if marks[name] not in text:
-            raise ValueError(f"prompt template {template[:60]!r} does not show the {name}: add {{{name}}}")
+    for field in ("question", "documents"):
+        if marks[field] not in text:
+            raise ValueError(f"{name} {template[:60]!r} does not show the {field}: add {{{field}}}")
 
 
 def render(template: Template, fields: dict[str, Any]) -> str | list[dict[str, str]]:
@@ -311,6 +316,16 @@ def document_body(document: dict[str, Any]) -> str:
 def _one_line(text: str) -> str:
     lines = text.splitlines()  # at every line break of Unicode
     return text if lines == [text] else " ".join(line.strip() for line in lines if line.strip())
+
+
+def question_body(question: Question) -> str:
+    """
+    The question as prompts show it: one line, or one for each turn of a dialogue. Line breaks in them become spaces,
+    so that no line of theirs can begin a turn or a passage.
+    """
+    if isinstance(question, str):
+        return _one_line(question)
+    return question_text([{**message, "content": _one_line(message["content"])} for message in question])
 
 
 def question_text(question: Question) -> str:

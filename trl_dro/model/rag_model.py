@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
-from .control_tokens import end_token_id
+from .control_tokens import end_token_id, end_token_ids
 from .distinct import sample_distinct_permutations
 from .importance import Sampling
 from .likelihood import CompletionLogits, completion_logps, pad_rows
@@ -74,7 +74,7 @@ class RAGModel:
 
     def keeps_prompts(self) -> bool:
         """Whether what [`~RAGModel.read`] keeps with gradients can be continued in training mode."""
-        return not self.roles.is_checkpointed("selector") and "selector" not in self.roles.separate
+        return not (self.roles.sharded or self.roles.is_checkpointed("selector") or "selector" in self.roles.separate)
 
     def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
         """
@@ -291,7 +291,7 @@ class RAGModel:
     def question_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
         """
         Most tokens that `num_permutations` of each question take in either role, its longest documents selected and
-        nothing shared between the generator's prompts.
+        nothing shared between the generator's prompts, nor between the selector's rows where each is read by itself.
 
         Args:
             questions (`list[dict]` of length `B`):
@@ -302,8 +302,11 @@ class RAGModel:
         Returns:
             `list[int]` of length `B`: tokens.
         """
+        separate = "selector" in self.roles.separate
+        rows = self._selector_lengths(questions, 1 if separate else num_permutations)
+        rows = [row * num_permutations if separate else row for row in rows]
         lengths = []
-        for question, row in zip(questions, self._selector_lengths(questions, num_permutations), strict=True):
+        for question, row in zip(questions, rows, strict=True):
             longest = sorted(question["documents"], key=lambda document: -len(document["text"]))
             prompt = self.prompts["generator"](question["question"], longest[: self.codec.num_selected])
             lengths.append(max(row, num_permutations * len(prompt)))
@@ -343,15 +346,12 @@ class RAGModel:
             for question, permutation in zip(questions, permutations.tolist(), strict=True)
         ]
         model: Any = self.roles.module("generator")
-        declared = model.generation_config.eos_token_id
         end = end_token_id(tokenizer)
-        ends = {tokenizer.eos_token_id, end}
-        ends |= {declared} if isinstance(declared, int) else set(declared or [])
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(ends),
+            eos_token_id=end_token_ids(tokenizer, model.generation_config.eos_token_id),
         )
 
         def texts_of(generated: Tensor) -> list[str]:

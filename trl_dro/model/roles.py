@@ -7,17 +7,19 @@ must stay active until its backward is done. Both rules are kept here and in the
 """
 
 import copy
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
+ROLE_FILE = "role.json"
 Role = Literal["selector", "generator"]
 ROLES: tuple[Role, Role] = ("selector", "generator")
 
@@ -45,6 +47,17 @@ class RolePair(nn.Module):
     @property
     def config(self):
         return self.generator.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers, of which FSDP makes a unit each."""
+        models: list[Any] = [self.selector, self.generator]
+        return sorted({name for model in models for name in model._no_split_modules or []})
+
+    def tie_weights(self) -> None:
+        """Ties again what FSDP untied when it replaced weights by their parts."""
+        for model in (self.selector, self.generator):
+            cast(Any, model).tie_weights()
 
     def forward(self, role: Role, **inputs):
         return self.get_submodule(role)(**inputs)
@@ -146,10 +159,12 @@ def load_role_adapters(base: PreTrainedModel, selector: str | Path, generator: s
         [`~peft.PeftModel`]: to be passed to [`DROTrainer`] as `model`, without `peft_config`.
 
     Raises:
-        `ValueError`: there is no adapter at one of the places, it was made for another model, or it adds virtual
-            tokens.
+        `ValueError`: there is no adapter at one of the places, it was made for another model or as the other role, or
+            it adds virtual tokens.
     """
-    for role, path in (("selector", selector), ("generator", generator)):
+    paths: dict[Role, str | Path] = {"selector": selector, "generator": generator}
+    for role, path in paths.items():
+        check_role(path, role)
         try:
             config = PeftConfig.from_pretrained(str(path))
         except (ValueError, OSError) as error:
@@ -195,6 +210,30 @@ def put_adapters_on(base: PreTrainedModel, paths: dict[Role, str | None]) -> Pef
     return model
 
 
+def note_role(folder: str | Path, role: Role) -> None:
+    """Writes `role.json`, by which [`check_role`] tells the folders of the roles apart whatever they are called."""
+    (Path(folder) / ROLE_FILE).write_text(json.dumps({"role": role}) + "\n", encoding="utf-8")
+
+
+def check_role(folder: str | Path, role: Role) -> None:
+    """
+    Raises `ValueError` if a folder says that it holds the other role. Those of other trainers say nothing, and are
+    taken for what they are given as.
+    """
+    path = Path(folder) / ROLE_FILE
+    if not path.is_file():
+        return
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))["role"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}): copy or download it again") from None
+    if noted != role:
+        raise ValueError(
+            f"{folder} is asked to be the {role}, but holds the {noted} ({ROLE_FILE}): take the folder of the {role}; "
+            f"if they were swapped, rename them, and if it is meant so, delete that file"
+        )
+
+
 class Roles:
     """
     Runs, freezes, saves and loads the roles of a module made by [`prepare_role_model`].
@@ -211,6 +250,8 @@ class Roles:
         self.trained = tuple(trained)
         # Roles whose sequences each need a row of their own, see [`~self_check.check_rows`].
         self.separate: set[Role] = set()
+        # Whether weights are spread over processes: their gradients do not flow through a cache then.
+        self.sharded = False
         self._freeze()
 
     @property
@@ -248,10 +289,10 @@ class Roles:
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]
         """
-        module = self.module(role)
-        if wrapped is None or wrapped is self.model:
-            return module(**inputs)
-        return wrapped(**inputs) if self.shared else wrapped(role, **inputs)
+        self.module(role)
+        called: Any = self.model if wrapped is None else wrapped
+        # Two models as well are called as the one module that holds both, or their weights could not be sharded.
+        return called(**inputs) if self.shared else called(role, **inputs)
 
     def named_parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         """The role's own parameters (its adapter or its full model), by their names in the module of both."""
@@ -271,45 +312,79 @@ class Roles:
             if isinstance(module, PeftModel):
                 module.enable_input_require_grads()
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `folder/selector` and `folder/generator` as safetensors, each loadable on its own."""
+    def state_to_save(self) -> dict[str, Tensor]:
+        """What [`~Roles.save`] and [`~Roles.save_unnamed_bases`] write, by the names in the module of both."""
+        state = self.model.state_dict()
+        if any(not base.config.name_or_path for _, base in self._bases()):
+            return state
+        frozen = {name for name, _ in self.model.named_parameters()}
+        frozen -= {name for role in ROLES for name, _ in self.named_parameters(role)}
+        return {name: weight for name, weight in state.items() if name not in frozen}
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Writes `folder/selector` and `folder/generator` as safetensors, each loadable on its own.
+
+        Args:
+            folder (`str` or `Path`):
+                Where.
+            state (`dict[str, Tensor]`, *optional*):
+                Whole weights of [`~Roles.state_to_save`], if those of the model are sharded.
+        """
         folder = Path(folder)
         if isinstance(self.model, RolePair):
             for role, module in (("selector", self.model.selector), ("generator", self.model.generator)):
+                own = None
+                if state is not None:
+                    own = {n.removeprefix(f"{role}."): w for n, w in state.items() if n.startswith(f"{role}.")}
                 # peft adds the adapter's name to the path by itself.
-                module.save_pretrained(str(folder if isinstance(module, PeftModel) else folder / role))
+                module.save_pretrained(str(folder if isinstance(module, PeftModel) else folder / role), state_dict=own)
         else:
-            self.model.save_pretrained(str(folder), selected_adapters=list(ROLES))
+            self.model.save_pretrained(str(folder), selected_adapters=list(ROLES), state_dict=state)
+        for role in ROLES:
+            note_role(folder / role, role)
 
-    def save_unnamed_bases(self, folder: str | Path) -> None:
+    def _bases(self) -> list[tuple[str, Any]]:
+        """Bases that adapters are on, each with the name of its role, or without one if it is of both."""
+        pairs = [(role, self.model.get_submodule(role)) for role in ROLES] if not self.shared else [("", self.model)]
+        return [(role, module.get_base_model()) for role, module in pairs if isinstance(module, PeftModel)]
+
+    def save_unnamed_bases(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """
         Writes `folder/base` (`folder/{role}/base` for two bases) if the adapters' base was made in memory: an adapter
         is of no use without its base, and nobody else has it.
         """
-        pairs = [(role, self.model.get_submodule(role)) for role in ROLES] if not self.shared else [("", self.model)]
-        for role, module in pairs:
-            if not isinstance(module, PeftModel):
-                continue
-            base: Any = module.get_base_model()
+        for role, base in self._bases():
             if base.config.name_or_path:
                 continue
+            weights = base.state_dict()
+            if state is not None:
+                inside = next(name for name, module in self.model.named_modules() if module is base) + "."
+                weights = {n.removeprefix(inside): w for n, w in state.items() if n.startswith(inside)}
             own = {
                 name.replace(".base_layer.", "."): weight
-                for name, weight in base.state_dict().items()
+                for name, weight in weights.items()
                 if not set(name.split(".")) & set(ROLES)
             }
             base.save_pretrained(Path(folder) / role / "base", state_dict=own)
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, fill: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """
         Reads what [`~Roles.save`] wrote, into the parameters that are already there, so that an optimizer keeps them.
 
+        Args:
+            folder (`str` or `Path`):
+                Where.
+            fill (`Callable`, *optional*):
+                Writes values into a weight that is sharded.
+
         Raises:
             `FileNotFoundError`: one of the two role folders is missing.
-            `ValueError`: an adapter was made for other modules, or has another rank.
+            `ValueError`: an adapter was made for other modules, or has another rank, or is the other role's.
         """
         for role in ROLES:
             source = Path(folder) / role
+            check_role(source, role)
             if not source.is_dir():
                 raise FileNotFoundError(
                     f"{source} does not exist: a checkpoint of both roles has the folders {' and '.join(ROLES)}"
@@ -324,10 +399,18 @@ class Roles:
                         f"{source} holds an adapter for other modules or of another rank than this one (e.g. "
                         f"{min(different)}): use the peft_config that it was trained with"
                     )
-                set_peft_model_state_dict(module, weights, adapter_name=role)
+                if fill is None:
+                    set_peft_model_state_dict(module, weights, adapter_name=role)
+                    continue
+                held = expected
             else:
-                saved = AutoModelForCausalLM.from_pretrained(source, dtype=module.dtype)
-                module.load_state_dict(saved.state_dict())
+                weights = AutoModelForCausalLM.from_pretrained(source, dtype=module.dtype).state_dict()
+                held = module.state_dict()
+                if fill is None:
+                    module.load_state_dict(weights)
+                    continue
+            for name, weight in held.items():
+                fill(weight, weights[name])
         self._freeze()
 
     def _freeze(self) -> None:

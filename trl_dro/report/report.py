@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.lines import read_jsonl
-from ..data.storage import write_whole
+from ..data.storage import as_path, make_folder, write_whole
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..system.rag_config import CONFIG_FILE, RAGConfig
 from ..trainer.log_history import permutation_files, read_lines, read_log_history
@@ -53,7 +53,7 @@ def write_report(run: str | Path, output_dir: str | Path | None = None, evaluati
         `ImportError`: matplotlib is missing.
         `ValueError`: the folder is no run or has no logs yet, an evaluation is not finished, or a file is damaged.
     """
-    run = Path(run)
+    run = as_path(run, "run")
     history = read_log_history(run)
     questions = questions_of([row for path, _ in permutation_files(run) for row in read_lines(path)])
     evaluated = {_name(folder, evaluation): _read_evaluation(Path(folder)) for folder in evaluation}
@@ -83,7 +83,7 @@ def write_report(run: str | Path, output_dir: str | Path | None = None, evaluati
     )
     present = [section for section in sections.values() if section is not None]
     folder = run / "report" if output_dir is None else Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for picture in (picture for section in present for picture in section.pictures):
         (folder / f"{picture.name}.png").write_bytes(picture.png)
     path = folder / PAGE_FILE

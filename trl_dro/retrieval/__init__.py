@@ -7,15 +7,20 @@ from .dense import DenseRetriever
 from .fusion import HybridRetriever, PrecomputedRetriever, reciprocal_rank_fusion
 from .interface import Retriever
 from .job import retrieve_candidates, retrieve_to_folder
+from .services import FrameworkRetriever, QdrantRetriever, SearchEngineRetriever, open_service
 
 
 __all__ = [
     "BM25Retriever",
     "ColBERTRetriever",
     "DenseRetriever",
+    "FrameworkRetriever",
     "HybridRetriever",
     "PrecomputedRetriever",
+    "QdrantRetriever",
     "Retriever",
+    "SearchEngineRetriever",
+    "open_service",
     "reciprocal_rank_fusion",
     "retrieve_candidates",
     "retrieve_to_folder",

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus
 from ..data.schema import DatasetError, build_dataset, check_answers, check_question, require_columns
-from ..data.storage import DEFAULT_CACHE_DIR, content_key, locked, whole_folder
+from ..data.storage import DEFAULT_CACHE_DIR, content_key, locked, make_folder, whole_folder
 from ..metrics.text import has_answer
 from .interface import Retriever, query_text, require_corpus
 
@@ -117,6 +117,7 @@ def retrieve_to_folder(
     ```
     """
     require_columns(questions, ("question", "answers"), "questions")
+    make_folder(output_dir)
     if len(questions) == 0:
         raise DatasetError("questions has no rows; check the file, split or filter it came from")
     if corpus is not None:

@@ -40,6 +40,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             value = settings.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{path}: {name} must be a number above 0, not {value!r}; correct it")
+        dropout = settings.get("lora_dropout", 0)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"{path}: lora_dropout must be a number from 0 to below 1, not {dropout!r}; correct it")
         if not isinstance(settings.get("target_modules"), str | list):
             raise ValueError(
                 f"{path}: target_modules must be a text or a list, not {settings.get('target_modules')!r}; correct it"
@@ -94,7 +97,9 @@ def check_adapter(folder: str | Path, base: str, revision: str | None, trust_rem
             f"{path} was made for another model than {base}: {name} {reason}; name the base it was made on"
         )
     for name in sorted(expected - found):
-        raise ValueError(f"{path} has no weights for {name}, a target of its {ADAPTER_FILE}: copy the adapter again")
+        raise ValueError(
+            f"{path} has no weights for {name}, a target of its {ADAPTER_FILE} on {base}: copy the adapter again"
+        )
     if not found:
         raise ValueError(
             f"{Path(folder) / ADAPTER_FILE}: no module of {base} is among target_modules {config.target_modules!r}; "

@@ -12,9 +12,10 @@ import torch
 from transformers import TextIteratorStreamer
 
 from ..data.schema import DatasetError, Document, check_documents, check_question
+from ..model.control_tokens import end_token_id
 from ..model.prompts import Question, question_text
 from ..model.rag_model import RAGModel
-from ..model.roles import Role
+from ..model.roles import Role, note_role
 from ..model.shared_prefix import ReadPrompts
 from ..retrieval import Retriever
 from .rag_config import RAGConfig
@@ -206,6 +207,8 @@ class RAGPipeline:
             `DatasetError`: a question or a document is malformed, or there are no documents.
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
         """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number from 1, not {batch_size!r}: raise it")
         several = isinstance(question, list) and not _is_dialogue(question)
         questions = question if several else [question]
         candidates = documents if several or documents is None else [documents]
@@ -267,6 +270,7 @@ class RAGPipeline:
                 "this pipeline was not loaded by from_pretrained, so its weights are not on disk: save it"
             )
         export_merged(self.sources[role], folder, LoadOptions(token=(self.options or LoadOptions()).token))
+        note_role(folder, role)
         self.config.save(folder)  # as it is asked here, which may differ from how it was trained
 
     def _records(
@@ -276,6 +280,12 @@ class RAGPipeline:
         for i, question in enumerate(questions):
             check_question(question, f"question {i}")
         documents = [None] * len(questions) if documents is None else list(documents)
+        for i, candidates in enumerate(documents):
+            if candidates is not None and (isinstance(candidates, str) or not isinstance(candidates, Sequence)):
+                raise DatasetError(
+                    f"documents of question {i} must be a list, not {str(candidates)[:60]!r}: pass one list of "
+                    "documents for each question"
+                )
         if missing := [i for i, candidates in enumerate(documents) if candidates is None and i < len(questions)]:
             if retriever is None:
                 raise DatasetError("there are no documents to answer from: pass documents=… or retriever=…")
@@ -346,7 +356,9 @@ class RAGPipeline:
 
     def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
         rag = self._rag_for(record)
-        streamer = _Streamer(rag.tokenizers["generator"], skip_prompt=True, skip_special_tokens=True)
+        tokenizer = rag.tokenizers["generator"]
+        streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.end_of_turn = end_token_id(tokenizer)
         permutation = torch.tensor([[document.position for document in selection]])
 
         def write() -> None:
@@ -386,11 +398,15 @@ class _Closed(Exception):
 
 class _Streamer(TextIteratorStreamer):
     closed = False
+    end_of_turn = -1
 
     def put(self, value):
         if self.closed:
             raise _Closed
-        super().put(value)
+        if not self.next_tokens_are_prompt:  # the end of a turn need not be declared special
+            value = value[value != self.end_of_turn]
+        if len(value):
+            super().put(value)
 
 
 @torch.no_grad()

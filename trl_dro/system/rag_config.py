@@ -153,9 +153,9 @@ class RAGConfig:
             if not isinstance(value, str) and not callable(value):
                 raise ValueError(f"{where}: {name} must be a text, not {value!r}; correct it")
             try:
-                check_template(value)
+                check_template(value, name)
             except ValueError as error:
-                raise ValueError(f"{where}: {name}: {error}") from None
+                raise ValueError(f"{where}: {error}") from None
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(
                 f"{where}: chat_template_kwargs must be an object or null, not {self.chat_template_kwargs!r}; "

@@ -28,12 +28,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.lines import first_line
-from ..data.storage import content_key, file_key
+from ..data.storage import as_path, content_key, file_key
 from ..model.codec import PermutationCodec
+from ..model.control_tokens import end_token_ids
 from ..model.loading import context_length, load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
 from ..model.prompts import PromptBuilder
 from ..model.rag_model import RAGModel
-from ..model.roles import ROLES, Role, RolePair, Roles, put_adapters_on
+from ..model.roles import ROLE_FILE, ROLES, Role, RolePair, Roles, check_role, put_adapters_on
 from ..model.self_check import SharedPrefix, check_rows
 from .adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from .rag_config import CONFIG_FILE, RAGConfig
@@ -101,8 +102,8 @@ def find_role(
     Raises:
         `ValueError`: there is no such folder or repo, it cannot be reached, or the adapter's base is unknown.
     """
-    refuse_file(name)
-    folder = Path(name)
+    folder = as_path(name, f"the {role}'s model")
+    refuse_file(name, revision)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(("./", "../", "~")):
             raise ValueError(f"there is no folder {name}: check the path")
@@ -111,6 +112,7 @@ def find_role(
             return RoleSource(str(name), revision=revision)
         folder = downloaded
     role_folder = folder / role if (folder / role).is_dir() else folder
+    check_role(role_folder, role)
     config = next((str(f / CONFIG_FILE) for f in (folder, role_folder) if (f / CONFIG_FILE).is_file()), None)
     adapter = role_folder / ADAPTER_FILE
     if not adapter.is_file():
@@ -124,6 +126,9 @@ def find_role(
     if base_model is not None:
         return RoleSource(str(role_folder), base_model, config=config)
     base = settings.get("base_model_name_or_path")
+    unused = folder / BASE_FOLDER
+    if base and role_folder != folder and unused.is_dir() and not any(unused.iterdir()):
+        raise ValueError(f"{unused} is empty: copy the run again, or delete that folder if it never held a base")
     if not base and (own := _own_base(folder, role)):
         return RoleSource(str(role_folder), str(own), config=config)
     if not base or (os.path.isabs(base) and not os.path.isdir(base)):
@@ -392,7 +397,7 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
         paths = {role: None if source.base is None else source.path for role, source in sources.items()}
         try:
             role_model = put_adapters_on(generator_model, paths)
-        except (RuntimeError, TypeError, KeyError) as error:  # what PEFT meets beyond `check_adapter`
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:  # what PEFT meets beyond `check_adapter`
             folders = " and ".join(path for path in paths.values() if path)
             raise ValueError(
                 f"the adapters in {folders} do not fit {generator.model} ({first_line(error)}): name the base that "
@@ -448,8 +453,11 @@ def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) 
     model: Any = options.load(source)
     if source.base is not None:
         model = PeftModel.from_pretrained(model, source.path).merge_and_unload(safe_merge=True)
+    tokenizer = _load_tokenizer(source, options)
+    # Those who serve the folder stop where answers ended in training, whatever the base declares.
+    model.generation_config.eos_token_id = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     model.save_pretrained(folder)
-    _load_tokenizer(source, options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if source.config is not None:
         shutil.copyfile(source.config, folder / CONFIG_FILE)
 
@@ -460,6 +468,8 @@ def _with_adapter(model: PreTrainedModel, source: RoleSource, role: Role) -> Pre
 
 def _load_tokenizer(source: RoleSource, options: LoadOptions) -> Any:
     own = (Path(source.path) / "tokenizer_config.json").is_file()
+    if not own and (Path(source.path) / ROLE_FILE).is_file():  # the base's may be another one
+        raise ValueError(f"{source.path} has lost the tokenizer that it was saved with: copy or download it again")
     folder = source.path if own else source.model
     return load_tokenizer(
         folder,

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from ..model.roles import ROLES
+from ..model.roles import ROLE_FILE, ROLES
 from .rag_config import CONFIG_FILE
 from .run_folder import BASE_FOLDER
 
@@ -19,7 +19,14 @@ FILES = ("README.md", CONFIG_FILE, "metrics.json")
 FOLDERS = (*ROLES, BASE_FOLDER, *(f"{role}/{BASE_FOLDER}" for role in ROLES))
 # A model, an adapter and a tokenizer.
 FILES_OF_FOLDERS = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *(
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "adapter_config.json",
+        ROLE_FILE,
+    ),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )

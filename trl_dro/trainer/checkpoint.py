@@ -53,7 +53,9 @@ def find_damage(folder: str | Path, weights_in: Sequence[str] = ROLES) -> str | 
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{TRAINER_STATE_NAME} is damaged ({type(error).__name__}: {error})"
-    if not (folder / OPTIMIZER_NAME).is_file():
+    # The latter two are FSDP's: of one file, and of a folder with a part of each process.
+    optimizers = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0/.metadata")
+    if not any((folder / name).is_file() for name in optimizers):
         return f"{OPTIMIZER_NAME} is missing, as with save_only_model"
     for path in sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")):
         if not zipfile.is_zipfile(path):

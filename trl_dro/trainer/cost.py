@@ -90,6 +90,9 @@ class Work:
             Whether activations are computed again in the backward.
         estimates_serve_once (`bool`):
             Whether the generator's loss forward is its scoring forward.
+        separate_choices (`int`):
+            Choices of a permutation if the selector reads each in a row of its own, with the prompt and without a
+            cache; 0 where rows share the prompt.
     """
 
     selector_prompt: int
@@ -99,9 +102,12 @@ class Work:
     num_permutations: int
     checkpointing: bool
     estimates_serve_once: bool = True
+    separate_choices: int = 0
 
     def tokens(self, role: Role) -> int:
         """Tokens that one forward of a role takes; nothing is shared between the generator's prompts."""
+        if role == "selector" and self.separate_choices:
+            return self.num_permutations * (self.selector_prompt + self.permutation)
         if role == "selector":
             return self.selector_prompt + self.num_permutations * self.permutation
         return self.num_permutations * self.generator_row
@@ -304,6 +310,11 @@ def forward_equivalents(role: Role, work: Work, trained: bool, trained_weights: 
     """
     tokens, written = work.tokens(role), work.num_permutations * work.permutation
     backward = (2 if trained_weights else 1) + work.checkpointing
+    if role == "selector" and work.separate_choices:
+        # The first choice follows the prompt; each further one reads it again, and half a permutation on average.
+        again = work.num_permutations * (work.separate_choices - 1)
+        drawn = work.selector_prompt + again * (work.selector_prompt + work.permutation / 2)
+        return drawn + trained * (1 + backward) * tokens
     if role == "selector":
         goes_on = not work.checkpointing and work.estimates_serve_once  # from the cache of the prompts
         return tokens + trained * ((written if goes_on else tokens) + backward * tokens)

@@ -12,7 +12,7 @@ from ..model.permutation import PriorSource, SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from ..model.self_check import SharedPrefix
 from .estimation import AnswerTarget
-from .ranges import check_numbers
+from .ranges import check_numbers, check_types
 
 
 _CHOICES = {
@@ -346,6 +346,7 @@ class DROConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         # TRL's default of bf16 is an error on a machine without an accelerator.
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
@@ -360,7 +361,7 @@ class DROConfig(_BaseConfig):
                 f"{self.chat_template_kwargs!r}: write one"
             )
         for name in ("selector_template", "generator_template"):
-            check_template(getattr(self, name))
+            check_template(getattr(self, name), name)
             try:
                 pickle.dumps(getattr(self, name))
             except (AttributeError, pickle.PicklingError):

@@ -17,13 +17,11 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.schema import validate_dataset
 from ..evaluation.scoring import answer_and_score, score_bounds
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel, chunk_rows
-from ..model.roles import Role
+from ..model.roles import ROLES, Role
 from ..model.sampling import PermutationSamples
-from ..model.self_check import check_rows
 from ..model.shared_prefix import ReadPrompts, TokenCount
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
@@ -136,7 +134,7 @@ class DROTrainer(RoleTrainer):
         compute_metrics: Callable[[list[str], list[dict[str, Any]]], dict[str, float]] | None = None,
         **unsupported: Any,
     ):
-        refuse_arguments(unsupported)
+        refuse_arguments(unsupported, args, callbacks, compute_metrics)
         if args is None:
             args = DROConfig("dro-output")
         if quantization_config is not None and peft_config is None:
@@ -168,7 +166,7 @@ class DROTrainer(RoleTrainer):
         )
         shown, limit = RAGConfig.of_training(args), args.max_tokens_per_forward
         self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, limit, **shown.prior())
-        check_rows(self.rag, args.shared_prefix, noiseless=args.disable_dropout)
+        self._check_rows(self.rag)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
 
@@ -193,15 +191,6 @@ class DROTrainer(RoleTrainer):
                 world_size=args.world_size,
             )
         )
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, Dataset):
-            validate_dataset(eval_dataset, self.args.num_selected, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        validate_dataset(test_dataset, self.args.num_selected, "test_dataset")
-        return super().get_test_dataloader(test_dataset)
 
     def _records(self, rows: list[int]) -> list[dict[str, Any]]:
         return [self._with_candidates(self.train_dataset[row]) for row in rows]
@@ -248,7 +237,7 @@ class DROTrainer(RoleTrainer):
         if self.args.max_tokens_per_forward is None:
             return [batch]
         lengths = self.rag.question_lengths(self._records(batch.rows), self.args.num_permutations)
-        return batch.split(chunk_rows(lengths, self.args.max_tokens_per_forward))
+        return self.engine.level(batch.split(chunk_rows(lengths, self.args.max_tokens_per_forward)))
 
     @property
     def _estimates_serve_once(self) -> bool:
@@ -260,7 +249,7 @@ class DROTrainer(RoleTrainer):
         # A checkpoint's estimates are of no use to another batch size or number of processes.
         estimated = [[row for part in parts for row in part.batch.rows] for parts in self._estimates]
         block = [[row for part in self._split(batch) for row in part.rows] for batch in inputs.block]
-        if inputs.block_index != self._estimated_block or block != estimated:
+        if self.engine.any(inputs.block_index != self._estimated_block or block != estimated):
             show = len(block) > 1 and self.is_world_process_zero() and not self.args.disable_tqdm
             self._estimates = [
                 [self._estimate(part, inputs.block_index) for part in self._split(batch)]
@@ -288,7 +277,8 @@ class DROTrainer(RoleTrainer):
             # When an estimate serves one update, the generator's loss forward is its scoring forward too: the M-step
             # fills `answer_logps`. Not if that forward is to be over significant permutations only.
             if not (self._estimates_serve_once and args.train_generator) or args.negligible_weight > 0:
-                estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
+                with self.engine.gathered("generator"):
+                    estimate.answer_logps = self._answer_logps(questions, targets, samples.permutations)
         if args.negligible_weight > 0 and args.train_generator:
             weights = self._weigh(estimate).importance
             estimate.significant = significant_permutations(samples.permutations, weights, args.negligible_weight)
@@ -326,7 +316,7 @@ class DROTrainer(RoleTrainer):
         the whole update, over all micro-batches and processes. Leaves its gradient and returns the loss, in nats.
         """
         rows = list(range(len(questions)))
-        with self._synced_backward(model, last):
+        with self.engine.synced_backward(model, last):
             logps = self._loss_forward(role, estimate, questions, rows, model)
             if estimate.answer_logps is None:  # these are the generator's, of the very weights that the E-step has
                 estimate.answer_logps = logps.detach()
@@ -338,6 +328,9 @@ class DROTrainer(RoleTrainer):
             if broken.any():
                 # Even with a weight of zero a NaN would reach every gradient: once more, without its questions.
                 self._warn_of_unusable(~(broken & weights.usable))
+            if broken.any() and self.engine.lockstep:
+                self._usable_questions = -math.inf  # other processes would wait: the update is left out by all
+            elif broken.any():
                 rows = (counted & ~broken).nonzero().flatten().tolist()
                 coefficients, counted = coefficients[rows], counted[rows]
                 logps = self._loss_forward(role, estimate, questions, rows)
@@ -392,11 +385,13 @@ class DROTrainer(RoleTrainer):
     ) -> PermutationSamples:
         """Permutations of the selector, with log p(z|x) in the likelihood that its loss has."""
         how: dict[str, Any] = {"seeds": seeds, "read": read, "sampling": self.args.sampling}
-        samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, **how)
-        if self.args.selector_likelihood == "constrained":
-            return samples
-        logps = self.rag.permutation_logps(questions, samples.permutations, self.args.selector_likelihood, read=read)
-        return samples._replace(logps=logps)
+        likelihood = self.args.selector_likelihood
+        with self.engine.gathered("selector"):
+            samples = self.rag.sample(questions, self.args.num_permutations, temperature, top_p, **how)
+            if likelihood != "constrained":
+                logps = self.rag.permutation_logps(questions, samples.permutations, likelihood, read=read)
+                samples = samples._replace(logps=logps)
+        return samples
 
     def _answer_logps(
         self, questions: list[dict[str, Any]], targets: list[list[str]], permutations: Tensor, wrapped=None
@@ -453,10 +448,11 @@ class DROTrainer(RoleTrainer):
         is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
         """
         self.callback_handler.eval_dataloader = dataloader
+        self._shard()
         scores: list[Tensor] = []
         names: list[str] = []
         answers: list[str] = []
-        with self._memory_advice(), self._inference():
+        with self._memory_advice(), self._inference(), self.engine.gathered(*ROLES):
             for records in dataloader:
                 batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
                 names = list(batch_scores)

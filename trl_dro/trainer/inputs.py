@@ -21,6 +21,7 @@ from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, 
 from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
+from .sharding import refuse_engines
 
 
 def check_inputs(
@@ -124,11 +125,11 @@ def load_tokenizers(
     generator_tokenizer = prepare_tokenizer(processing_class or _load_tokenizer(model, args, generator_revision(args)))
     selector_tokenizer = generator_tokenizer
     if isinstance(selector_model, str) or (selector_model is not None and processing_class is None):
-        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, revision=None))
+        selector_tokenizer = prepare_tokenizer(_load_tokenizer(selector_model, args, None, "selector_model"))
     return {"selector": selector_tokenizer, "generator": generator_tokenizer}
 
 
-def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None) -> Any:
+def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str | None, name: str = "model") -> Any:
     """
     Tokenizer of a model.
 
@@ -136,7 +137,7 @@ def _load_tokenizer(model: str | PreTrainedModel, args: DROConfig, revision: str
         `ValueError`: a model instance does not say where it came from.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TypeError(f"model must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
+        raise TypeError(f"{name} must be a folder, a Hub id or a model, not {type(model).__name__}: {str(model)[:60]}")
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if not source:
         raise ValueError(
@@ -244,18 +245,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 def refuse_unsupported(args: DROConfig) -> None:
     """
-    Raises `ValueError` under DeepSpeed and FSDP, and for attention that takes no mask of its own. accelerate steps a
-    DeepSpeed engine at every backward, of which there is one per role, and sharded checkpoints hold the active adapter
-    only.
+    Raises `ValueError` for attention that takes no mask of its own, and for engines that cannot train two roles, see
+    [`~sharding.refuse_engines`].
     """
     if args.shared_prefix != "never":
         check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))
-    if args.deepspeed or args.fsdp or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
-        raise ValueError(
-            "DeepSpeed and FSDP would step the optimizer after each role's backward, or save one adapter only: use "
-            "plain data parallelism, e.g. accelerate launch --config_file recipes/accelerate/two_gpus.yaml, with "
-            "load_in_4bit for a base that does not fit"
-        )
+    refuse_engines(args)
 
 
 # Arguments of transformers' Trainer that have no meaning here, and why.
@@ -268,11 +263,21 @@ _REFUSED = {
 }
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason."""
-    for name, value in arguments.items():
+def refuse_arguments(unsupported: Mapping[str, Any], args: Any, callbacks: Any, compute_metrics: Any) -> None:
+    """
+    Raises `TypeError` for arguments that DROTrainer does not take, unless they are `None`, with the reason, and for
+    others that are not of their kind.
+    """
+    for name, value in unsupported.items():
         if value is not None or name not in _REFUSED:
-            raise TypeError(f"DROTrainer takes no `{name}`: {_REFUSED.get(name, 'see its documentation')}")
+            reason = _REFUSED.get(name, "see its documentation")
+            raise TypeError(f"DROTrainer takes no `{name}`: {reason}; leave it out")
+    if args is not None and not isinstance(args, DROConfig):
+        raise TypeError(f"`args` must be a DROConfig, not {type(args).__name__}: pass DROConfig(output_dir, …)")
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        raise TypeError(f"`callbacks` must be a list, not {type(callbacks).__name__}: put them in one")
+    if compute_metrics is not None and not callable(compute_metrics):
+        raise TypeError(f"`compute_metrics` must be a function, not {type(compute_metrics).__name__}: pass one")
 
 
 def own_scores(scores: Any, others: Mapping[str, float]) -> dict[str, float]:

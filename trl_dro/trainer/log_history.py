@@ -139,7 +139,10 @@ def read_log_history(run: str | Path) -> list[Logged]:
             "output_dir of one"
         )
     if not lines:
-        raise ValueError(f"{run} has no logs yet: the first comes after `logging_steps` updates of training")
+        raise ValueError(
+            f"{run} has no logs yet: the first comes after `logging_steps` updates of training ({LOG_FILE} is empty "
+            "or cut short: train on)"
+        )
     return lines
 
 

@@ -198,6 +198,7 @@ def make_plan(
             args.num_permutations,
             bool(args.gradient_checkpointing),
             once,
+            separate_choices=args.num_selected if args.shared_prefix == "never" else 0,
         )
 
     largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
@@ -209,7 +210,8 @@ def make_plan(
     equivalents = {
         role: cost.forward_equivalents(role, mean, role in trained, full and role in trained) for role in ROLES
     }
-    row_lengths: dict[Role, int] = {"selector": mean.tokens("selector"), "generator": mean.generator_row}
+    together = mean.tokens("selector") // (args.num_permutations if mean.separate_choices else 1)
+    row_lengths: dict[Role, int] = {"selector": together, "generator": mean.generator_row}
     flops_per_question = sum(
         equivalents[role] * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role]) for role in ROLES
     )

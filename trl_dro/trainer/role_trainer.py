@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
 from .._trl_compat import _BaseTrainer
 from ..data.resumable import questions_key
+from ..data.schema import validate_dataset
 from ..data.storage import content_key
+from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role, Roles
+from ..model.self_check import check_rows
 from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
 from ..system.upload import upload_checkpoint, upload_system
@@ -28,6 +36,7 @@ from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
 from .run import Identity, RunTrainer
+from .sharding import FSDP2, engine_of, fill
 
 
 logger = get_logger(__name__)
@@ -73,7 +82,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
     def __init__(self, roles: Roles, tokenizers: dict, **kwargs):
         self.roles = roles
         self.tokenizers = tokenizers
-        self._usable_questions = 0  # of the update under way
+        self._usable_questions: float = 0  # of the update under way
         self._moved_roles: set[Role] = set()  # by its losses
         self._last_rows: list[int] = []
         self._skipped_updates = 0  # in a row
@@ -84,8 +93,45 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
                 "several GPUs are visible to one process: launch with `accelerate launch` or `torchrun`, or make one "
                 "visible with CUDA_VISIBLE_DEVICES"
             )
+        self.roles.sharded = self.engine.lockstep
         self._means = RunningMeans(self.accelerator)
         self.add_callback(LogHistory())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.engine = engine_of(self.accelerator, self.roles)
+
+    def _shard(self) -> None:
+        """Shards the model, as training does, for an evaluation before it."""
+        if self.engine.lockstep:
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+
+    def _check_rows(self, rag: RAGModel) -> None:
+        """
+        See [`~self_check.check_rows`]. Weights that are about to be sharded are checked where they were loaded, by the
+        first process, which alone has them under `cpu_ram_efficient_loading`; the others do as it finds.
+        """
+        device, found = rag.device, [self.roles.separate]
+        if self.engine.lockstep:
+            rag.device = next(self.model.parameters()).device
+        if self.accelerator.is_main_process or not self.engine.lockstep:
+            check_rows(rag, self.args.shared_prefix, noiseless=self.args.disable_dropout)
+        rag.device = device
+        if self.engine.lockstep:
+            self.roles.separate = broadcast_object_list(found)[0]
+
+    # Data
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset):
+            validate_dataset(eval_dataset, self.args.num_selected, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        validate_dataset(test_dataset, self.args.num_selected, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
 
     # Optimization
 
@@ -130,7 +176,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         norms = {}
         for role in self.roles.trained:
             gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
-            norms[role] = nn.utils.get_total_norm(gradients) / scale
+            norms[role] = self.engine.norm(gradients) / scale
             # In fp16 a gradient may be too small for its dtype.
             if scaler is None and role in self._moved_roles and norms[role] == 0:
                 raise RuntimeError(
@@ -211,10 +257,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         """A zero that keeps the role's parameters in the graph, as other processes wait for their gradients."""
         return 0.0 * torch.stack([parameter.sum() for _, parameter in self.roles.named_parameters(role)]).sum()
 
-    def _synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are averaged over processes once, in the last role's backward."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-
     # Saving and loading
 
     weights_in = ROLES
@@ -236,7 +278,11 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         """Settings that decide what is learned, the training questions, and the frozen bases."""
         settings = {name: getattr(self.args, name) for name in _IDENTIFYING_SETTINGS}
         settings = {name: value.__qualname__ if callable(value) else value for name, value in settings.items()}
-        return {**settings, "train_dataset": questions_key(self.train_dataset), "base": self._base_key()}
+        base = self._base_key()
+        if self.engine.lockstep:  # the first process may be the only one that has loaded it
+            base = broadcast_object_list([base])[0]
+        dataset = questions_key(self.train_dataset)
+        return {**settings, "train_dataset": dataset, "base": base, "engine": self.engine.name}
 
     def _base_key(self) -> str:
         """Key of the frozen bases, which some of their embeddings tell apart, in whatever precision they are held."""
@@ -245,7 +291,8 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             module = self.roles.module(role)
             if isinstance(module, PeftModel):
                 base: Any = module.get_base_model()
-                weight = base.get_input_embeddings().weight.detach().flatten()
+                weight = base.get_input_embeddings().weight.detach()
+                weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).flatten()
                 samples.append(weight[:: max(1, len(weight) // 1000)].bfloat16().float().tolist())
         return content_key(samples)
 
@@ -276,7 +323,10 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         return upload_system(str(self.args.output_dir), str(self.hub_model_id), message, token, revision, blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self._staging is not None or self.args.hub_strategy == HubStrategy.END:
+            return
+        state = self.engine.whole(self.roles.state_to_save())
+        if not self.is_world_process_zero():
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
@@ -285,7 +335,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         folder, repo, token = Path(str(self.args.output_dir)), str(self.hub_model_id), self.args.hub_token
         for role in ROLES:
             shutil.copytree(Path(checkpoint_folder) / role, folder / role, dirs_exist_ok=True)
-        self._save_what_belongs_to_the_run(folder)
+        self._save_what_belongs_to_the_run(folder, state)
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [upload_system(folder, repo, message, token, self.args.hub_revision, blocking=False)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -307,21 +357,35 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.roles.save(folder)
+        self.roles.save(folder, state_dict)
         if folder == Path(self.args.output_dir):
-            self._save_what_belongs_to_the_run(folder)
+            self._save_what_belongs_to_the_run(folder, state_dict)
         self.processing_class.save_pretrained(folder)
         for role in ROLES:
             self.tokenizers[role].save_pretrained(folder / role)
         RAGConfig.of_training(self.args).save(folder)
         torch.save(self.args, folder / "training_args.bin")
 
-    def _save_what_belongs_to_the_run(self, folder: Path) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves both roles, see [`~transformers.Trainer.save_model`]; all processes must call it."""
+        if not self.engine.lockstep:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, self.engine.whole(self.roles.state_to_save()))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_what_belongs_to_the_run(self, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes once, beside the checkpoints, a base that nobody else has, the last evaluation and the model card."""
-        self.roles.save_unnamed_bases(folder)
+        self.roles.save_unnamed_bases(folder, state)
         RAGConfig.of_training(self.args).save(folder)
         (folder / "metrics.json").write_text(json.dumps(self._last_metrics(), indent=2) + "\n", encoding="utf-8")
         self.create_model_card()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Without `total_flos`, which Trainer counts for models that it calls itself and would be 0."""
+        logs.pop("total_flos", None)
+        super().log(logs, start_time)
 
     def _last_metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation, from 0 to 1 or in nats, by their names without prefix."""
@@ -368,8 +432,17 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         card.save(Path(self.args.output_dir) / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.roles.load(resume_from_checkpoint)
+        self.roles.load(resume_from_checkpoint, fill if self.engine.lockstep else None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not isinstance(self.engine, FSDP2):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the weights once more, of both roles and their bases.
+        self.engine.save_optimizer(self.model, self.optimizer, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best roles from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
-        self.roles.load(self.state.best_model_checkpoint)
+        self.roles.load(self.state.best_model_checkpoint, fill if self.engine.lockstep else None)

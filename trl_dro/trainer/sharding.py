@@ -1,0 +1,248 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""How processes share the work of training: plain data parallelism, where each holds all weights, or FSDP2, where each
+holds a part of every weight. The one file that knows engines.
+
+Where weights are sharded, all processes must go through the model together. Without gradients their numbers of
+forwards differ, by the length of what they write say: there the weights of a role are gathered first. With gradients
+the numbers are made equal. And a layer's weights are gathered for the backward of its outputs, not of a cache that it
+left: the M-step never goes on from the E-step's forward.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import save_fsdp_optimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
+
+from ..model.roles import ROLES, Role, Roles, is_quantized
+from .schedule import QuestionBatch
+
+
+class DataParallel:
+    """
+    One process, or several that hold all weights each.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes.
+        roles ([`~roles.Roles`]):
+            Both roles.
+    """
+
+    name = "data parallel"  # by which a checkpoint tells what wrote it
+    lockstep = False
+    """Whether all processes must go through the model together."""
+
+    def __init__(self, accelerator: Accelerator, roles: Roles):
+        self.accelerator = accelerator
+        self.roles = roles
+
+    def gathered(self, *roles: Role) -> contextlib.AbstractContextManager:
+        """Has all weights of these roles at hand, for forwards without gradients."""
+        return contextlib.nullcontext()
+
+    def synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are averaged over processes once, in the last role's backward."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in a process that this one must go along with."""
+        return flag
+
+    def level(self, parts: list[QuestionBatch]) -> list[QuestionBatch]:
+        """Parts of a micro-batch, as many as other processes have if they must go along."""
+        return parts
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Norm of all of a role's gradients."""
+        return nn.utils.get_total_norm(gradients)
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Weights to be saved, where the model itself cannot give them; empty but in the first process."""
+        return None
+
+
+class FSDP2(DataParallel):
+    """
+    Weights, gradients and optimizer states sharded by `torch.distributed.fsdp.fully_shard`, as accelerate applies it.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes.
+        roles ([`~roles.Roles`]):
+            Both roles.
+    """
+
+    name = "FSDP2"
+    lockstep = True
+
+    def __init__(self, accelerator: Accelerator, roles: Roles):
+        super().__init__(accelerator, roles)
+        self.plugin: Any = accelerator.state.fsdp_plugin
+        self._held: set[int] = set()  # units that an outer call gathered
+        # Sums over processes in float32: bfloat16 has 8 bits, and each of both roles' backwards adds to them.
+        if self.plugin.mixed_precision_policy is not None:
+            self.plugin.mixed_precision_policy = replace(
+                self.plugin.mixed_precision_policy, reduce_dtype=torch.float32
+            )
+        # Deferring the exchange would keep whole gradients of each role until then: every backward exchanges its own.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        prepare = accelerator.prepare
+
+        def prepare_once(*objects: Any, **kwargs: Any) -> Any:
+            if not isinstance(objects[0], nn.Module):
+                return prepare(*objects, **kwargs)
+            # accelerate finds an optimizer's parameters by their addresses, which empty shards do not have: a model
+            # that is sharded stays as it is.
+            if isinstance(objects[0], FSDPModule):
+                model, optimizer = objects
+                return model, accelerator.prepare_optimizer(optimizer)
+            model, optimizer = prepare(*objects, **kwargs)
+            # The first forward tells FSDP which module is the root: one of nothing, through the right one.
+            model.touch = _nothing
+            register_fsdp_forward_method(model, "touch")
+            with torch.no_grad():
+                model.touch()
+            return model, optimizer
+
+        accelerator.prepare = prepare_once  # type: ignore[method-assign,assignment]
+
+    @contextlib.contextmanager
+    def gathered(self, *roles: Role) -> Iterator[None]:
+        model: Any = self.roles.model
+        modules = list(model.modules())
+        if not self.roles.shared:
+            modules = [model, *(module for role in roles for module in model.get_submodule(role).modules())]
+        units = [module for module in modules if isinstance(module, FSDPModule) and id(module) not in self._held]
+        self._held |= {id(unit) for unit in units}
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                # The root, and final norm and head, are kept from forward to backward, as accelerate has it.
+                if type(unit).__name__.removeprefix("FSDP") in model._no_split_modules:
+                    unit.set_reshard_after_forward(self.plugin.reshard_after_forward, recurse=False)
+                unit.reshard()
+            self._held -= {id(unit) for unit in units}
+
+    def synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def any(self, flag: bool) -> bool:
+        return self._most(int(flag)) > 0
+
+    def level(self, parts: list[QuestionBatch]) -> list[QuestionBatch]:
+        """Parts, and as many more, of a question that does not count, as make them those of any other process."""
+        stand_in = QuestionBatch(parts[0].rows[:1], [False])
+        return parts + [stand_in] * (self._most(len(parts)) - len(parts))
+
+    def _most(self, number: int) -> int:
+        mine = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        norm: Any = nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {}
+        for name, weight in state.items():
+            # One after the other: no device ever holds more than one weight that is whole.
+            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if self.accelerator.is_main_process:
+                kept[name] = full.detach().cpu()
+        return kept
+
+    def save_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
+        """Writes the optimizer's state, which any number of processes can read."""
+        save_fsdp_optimizer(self.plugin, self.accelerator, optimizer, model, folder)
+
+
+def _nothing() -> None:
+    """A forward of nothing."""
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Writes values into a weight, each process its part; those of the first process count."""
+    with torch.no_grad():
+        if not isinstance(weight, DTensor):
+            weight.copy_(values)
+            return
+        whole = values.detach().to(device=weight.device, dtype=weight.dtype).contiguous()
+        part = distribute_tensor(whole, weight.device_mesh, weight.placements)
+        weight.to_local().copy_(part.to_local())
+
+
+def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
+    """
+    Engine of an accelerator.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes, and what the launcher's config says of them.
+        roles ([`~roles.Roles`]):
+            Both roles.
+
+    Returns:
+        [`DataParallel`] or [`FSDP2`]
+
+    Raises:
+        `ValueError`: it is another engine, or one with settings under which two roles cannot be trained.
+    """
+    kind = str(accelerator.distributed_type.value)
+    if kind == "DEEPSPEED":
+        raise ValueError(_NO_DEEPSPEED)
+    if kind == "MEGATRON_LM":
+        raise ValueError(f"Megatron-LM does not know two roles: use {_FSDP2_RECIPE}")
+    if kind != "FSDP":
+        return DataParallel(accelerator, roles)
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(_NO_FSDP1)
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "FSDP's own activation checkpointing wraps layers, so that a role's weights lose their names: set "
+            "fsdp_activation_checkpointing to false, and gradient_checkpointing=True in the training arguments"
+        )
+    for role in ROLES:
+        if is_quantized(roles.module(role)):
+            raise ValueError(
+                f"the {role}'s base is quantized, which FSDP2 does not shard here: use plain data parallelism, e.g. "
+                "recipes/accelerate/two_gpus.yaml, or leave out load_in_4bit and shard the base in bfloat16"
+            )
+    return FSDP2(accelerator, roles)
+
+
+_FSDP2_RECIPE = "FSDP2, e.g. accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
+_NO_FSDP1 = (
+    "FSDP1 saves one adapter only and cannot run two roles' backwards one after the other: set fsdp_version to 2, as "
+    "recipes/accelerate/fsdp2.yaml has it"
+)
+_NO_DEEPSPEED = f"DeepSpeed would step the optimizer after each role's backward: use {_FSDP2_RECIPE}"
+
+
+def refuse_engines(args: TrainingArguments) -> None:
+    """
+    Raises `ValueError` for engines that cannot train two roles, before anything is loaded: by the training arguments,
+    and by what `accelerate launch` says in the environment, as a config of its own sets no argument.
+    """
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(_NO_DEEPSPEED)
+    if args.fsdp_plugin_args is not None:
+        if args.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError(_NO_FSDP1)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(_NO_FSDP1)
+    if args.distributed_state.distributed_type == "DEEPSPEED":
+        raise ValueError(_NO_DEEPSPEED)
