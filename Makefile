@@ -34,8 +34,9 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: .venv/.installed
-	set -e; for script in $(filter-out benchmarks/learning% benchmarks/real_models%,$(wildcard benchmarks/*.py)) \
-		"benchmarks/learning.py --quick" "benchmarks/real_models.py --quick"; do \
+	set -e; for script in $(filter-out $(addprefix benchmarks/,learning% real_models% memory% pointers%), \
+		$(wildcard benchmarks/*.py)) "benchmarks/learning.py --quick" "benchmarks/real_models.py --quick" \
+		"benchmarks/memory.py --quick" "benchmarks/pointers.py --quick"; do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
