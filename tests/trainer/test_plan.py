@@ -1,4 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from trl_dro import DROConfig
 from trl_dro.model.rag_model import RAGModel
 from trl_dro.trainer.inputs import check_inputs
 from trl_dro.trainer.plan import Lengths, Models, _count_steps, make_plan
+from trl_dro.trainer.sharding import shards
 
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from .test_cost import make_questions
@@ -104,3 +106,24 @@ def test_rows_that_share_no_prompt_are_counted_each_with_its_own(tmp_path):
 
     assert tokens(separate) > 2 * tokens(shared)
     assert separate["work of an update"] != shared["work of an update"]
+
+
+def test_fsdp2_spreads_sixteen_bytes_a_trained_weight_and_gathers_two_of_the_larger_role(tmp_path):
+    models = Models(MODEL.config, MODEL.config, None, torch.bfloat16, None)
+    args = config(tmp_path, bf16=True)
+    count = sum(p.numel() for p in MODEL.parameters())
+    plan = make_plan(models, args, Lengths.of_settings(args), 20, 5, 8, sharded=True)
+    spread = sum(plan.memory[name] for name in ("base", "gradients", "optimizer"))
+    assert spread == 16 * 2 * count / 8 and plan.memory["gathered for sampling"] == 2 * count
+    assert plan.memory["adapters"] == plan.memory["buckets"] == 0
+    assert plan.peak < make_plan(models, args, Lengths.of_settings(args), 20, 5, 8).peak
+    # One base of both roles: frozen weights stay in bfloat16, and all of them are gathered.
+    shared = Models(MODEL.config, None, MODELS.peft_config, torch.bfloat16, None)
+    plan = make_plan(shared, args, Lengths.of_settings(args), 20, 5, 2, sharded=True)
+    assert plan.memory["base"] == 2 * count / 2 and plan.memory["optimizer"] == 2 * plan.memory["adapters"]
+
+
+def test_configs_of_accelerate_tell_whether_a_run_is_sharded(tmp_path):
+    recipes = Path(__file__).resolve().parents[2] / "recipes/accelerate"
+    shown = {path.stem: shards(str(path), config(tmp_path)) for path in recipes.glob("*.yaml")}
+    assert {name for name, sharded in shown.items() if sharded} == {"fsdp2"}

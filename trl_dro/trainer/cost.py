@@ -215,6 +215,34 @@ def training_bytes(
     return {"gradients": gradients, "buckets": gradients if num_processes > 1 else 0.0, "optimizer": states}
 
 
+def sharded_bytes(roles: Roles, optim: str, half: bool, num_processes: int) -> dict[str, float]:
+    """
+    Bytes of weights, gradients and optimizer states on each device under FSDP2, which spreads all of them evenly.
+
+    Args:
+        roles ([`~roles.Roles`]):
+            Both roles, without storage; in half precision their trained weights become float32, as in training.
+        optim (`str`):
+            Optimizer, see [`training_bytes`].
+        half (`bool`):
+            Whether layers compute in half precision.
+        num_processes (`int`):
+            Processes.
+
+    Returns:
+        `dict[str, float]`: as of [`weight_bytes`] and [`training_bytes`], and `"gathered for sampling"`: all weights
+        of the larger role, or of the base that both share.
+    """
+    for role in roles.trained:
+        for _, parameter in roles.named_parameters(role):
+            if half:
+                parameter.data = parameter.data.float()
+    shared = {**weight_bytes(roles), **training_bytes(roles, optim)}
+    models = [roles.model.get_submodule(role) for role in ROLES] if not roles.shared else [roles.model]
+    sizes = [sum(p.numel() * (2 if half else p.element_size()) for p in model.parameters()) for model in models]
+    return {name: number / num_processes for name, number in shared.items()} | {"gathered for sampling": max(sizes)}
+
+
 def autocast_bytes(roles: Roles, quantized: float | None = None) -> float:
     """Bytes of the half precision copies of float32 weights that autocast keeps until a role's backward begins."""
     copied = [

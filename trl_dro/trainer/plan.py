@@ -158,7 +158,13 @@ class Models:
 
 
 def make_plan(
-    models: Models, args: DROConfig, lengths: Lengths, num_questions: int | None, num_eval: int, num_processes: int
+    models: Models,
+    args: DROConfig,
+    lengths: Lengths,
+    num_questions: int | None,
+    num_eval: int,
+    num_processes: int,
+    sharded: bool = False,
 ) -> Plan:
     """
     The plan of a run.
@@ -176,6 +182,8 @@ def make_plan(
             Evaluation questions.
         num_processes (`int`):
             Processes, each on a device of its own.
+        sharded (`bool`, *optional*, defaults to `False`):
+            Whether FSDP2 spreads the weights over them.
 
     Returns:
         [`Plan`]
@@ -203,7 +211,7 @@ def make_plan(
 
     largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
     mean = work(lengths.selector_prompt[0], lengths.generator_row[0])
-    memory = _memory(models, args, roles, shapes, largest, num_processes)
+    memory = _memory(models, args, roles, shapes, largest, num_processes, sharded)
 
     parameters = cost.role_parameters(roles)
     per_update = batch * num_processes * args.gradient_accumulation_steps
@@ -221,7 +229,10 @@ def make_plan(
         ("trained", f"{' and '.join(trained)}, {'full models' if full else 'as adapters'}"),
         ("selector", f"prompts of {_range(lengths.selector_prompt)} tokens, {lengths.counted}"),
         ("generator", f"prompts with answers of {_range(lengths.generator_row)} tokens, {lengths.counted}"),
-        ("processes", f"{num_processes}, {batch} questions at a time on each"),
+        (
+            "processes",
+            f"{num_processes}{', sharded by FSDP2' if sharded else ''}, {batch} questions at a time on each",
+        ),
         (
             "update",
             f"{per_update:,} questions, {args.num_permutations} permutations each: {per_update_tokens:,} tokens",
@@ -250,6 +261,7 @@ def _memory(
     shapes: dict[Role, cost.Shape],
     largest: cost.Work,
     num_processes: int,
+    sharded: bool,
 ) -> dict[str, float]:
     """Bytes on each device by what they are for, when questions as long as the longest are computed together."""
     together = args.per_device_train_batch_size
@@ -257,10 +269,15 @@ def _memory(
         together = max(1, min(together, args.max_tokens_per_forward // max(largest.tokens(role) for role in ROLES)))
     half = args.bf16 or args.fp16 or models.dtype.itemsize == 2
     trained = roles.trained
-    memory: dict[str, float] = {
-        **cost.weight_bytes(roles, models.quantized),
-        **cost.training_bytes(roles, str(getattr(args.optim, "value", args.optim)), models.quantized, num_processes),
-    }
+    optim = str(getattr(args.optim, "value", args.optim))
+    memory: dict[str, float]
+    if sharded:
+        memory = cost.sharded_bytes(roles, optim, half, num_processes)
+    else:
+        memory = {
+            **cost.weight_bytes(roles, models.quantized),
+            **cost.training_bytes(roles, optim, models.quantized, num_processes),
+        }
     itemsize = 2 if half else 4
     steps = {
         role: cost.role_step_bytes(
@@ -269,7 +286,7 @@ def _memory(
         for role in trained
     }
     cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
-    if not args.gradient_checkpointing and largest.estimates_serve_once and len(trained) == 2:
+    if not args.gradient_checkpointing and largest.estimates_serve_once and len(trained) == 2 and not sharded:
         # The selector's graph is held while the generator's is built.
         memory["activations"] = sum(step["activations"] for step in steps.values()) + cache
         memory["logits"] = sum(step["logits"] for step in steps.values())
@@ -277,7 +294,7 @@ def _memory(
         peak = max(steps.values(), key=lambda step: sum(step.values()))
         memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
 
-    if half:
+    if half and not sharded:  # FSDP gathers weights in half precision
         memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
     return memory
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -246,3 +247,12 @@ def refuse_engines(args: TrainingArguments) -> None:
         raise ValueError(_NO_FSDP1)
     if args.distributed_state.distributed_type == "DEEPSPEED":
         raise ValueError(_NO_DEEPSPEED)
+
+
+def shards(accelerate_config: str | None, args: TrainingArguments) -> bool:
+    """Whether a run will be sharded: by its arguments, the launcher's environment, or a config file of accelerate."""
+    if args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return True
+    if accelerate_config is None:
+        return False
+    return load_config_from_file(accelerate_config).distributed_type == "FSDP"
