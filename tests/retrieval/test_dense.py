@@ -102,7 +102,7 @@ def test_encoding_goes_on_where_it_was_killed_and_after_a_change_only_its_shard_
 
 def test_an_approximate_index_is_trained_and_searched(model, tmp_path):
     corpus = Corpus.from_documents(
-        [{"id": f"p{n}", "text": f"{text} Number {n}."} for n in range(12) for text in TEXTS]
+        [{"id": f"p{n}-{i}", "text": f"{text} Number {n}."} for n in range(12) for i, text in enumerate(TEXTS)]
     )
     retriever = dense(model, factory="IVF2,Flat")
     retriever.index(corpus, tmp_path)

@@ -145,7 +145,7 @@ def test_gradient_matches_enumeration(make_trainer, estimator, steps_per_estimat
 
 
 def test_squared_error_of_the_gradient_falls_like_one_over_m(make_trainer):
-    sizes, repeats = (16, 64, 256, 1024), 24
+    sizes, repeats = (16, 64, 256), 24
     squared_errors = {role: [] for role in ROLES}
     for m in sizes:
         trainer = make_trainer(
@@ -161,7 +161,7 @@ def test_squared_error_of_the_gradient_falls_like_one_over_m(make_trainer):
                 squared_errors[role][-1] += relative_error(gradients(trainer, role), exact[role]) ** 2 / repeats
     for role in ROLES:
         print(f"{role}: mean squared error at m={sizes}: {', '.join(f'{e:.2e}' for e in squared_errors[role])}")
-        slope = torch.tensor([squared_errors[role][0] / squared_errors[role][-1]]).log() / torch.tensor(64.0).log()
+        slope = torch.tensor([squared_errors[role][0] / squared_errors[role][-1]]).log() / torch.tensor(16.0).log()
         assert 0.7 < slope.item() < 1.4  # 1 is exactly 1/m
 
 
