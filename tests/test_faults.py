@@ -379,7 +379,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one_and_refused_by_na
 
     seen = []
     load = trainer.roles.load
-    trainer.roles.load = lambda folder: seen.append(str(folder)) or load(folder)
+    trainer.roles.load = lambda folder, *others: seen.append(str(folder)) or load(folder, *others)
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
     assert seen == [str(older)] and trainer.state.global_step == 3
