@@ -61,7 +61,7 @@ def assert_same_training(output_dir, reference):
 
 
 def leftovers(output_dir):
-    return [path.name for path in Path(output_dir).iterdir() if path.name.startswith("_checkpoint")]
+    return [path.name for path in Path(output_dir).glob("*") if path.name.startswith("_checkpoint")]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -22,6 +22,7 @@ EXTRAS = {
     "plots": "figures of the demo and of the benchmarks, `trl-dro report`",
     "docs": "`make docs`",
     "ranking": "measures of rankings, e.g. nDCG@5",
+    "qdrant": "candidates from a collection of Qdrant",
     "langchain": "the selector as a LangChain document compressor",
     "llama-index": "the selector as a LlamaIndex node postprocessor",
     "rerankers": "the selector as a ranker of rerankers",
