@@ -1,0 +1,50 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""The questions of `trl-dro evaluate` and `trl-dro predict`."""
+
+from collections.abc import Callable
+
+from datasets import Dataset
+
+from ..data import load_records
+from ..data.schema import BadRow
+from ..retrieval import retrieve_candidates
+from ..retrieval.services import retriever_of
+from ..system.questions import Questions
+from ..system.rag_config import RAGConfig
+from .arguments import QuestionArguments
+
+
+# Arguments that do not change what is answered.
+NOT_COMPARED = ("output_dir", "tokens_per_batch", "device", "on_error", "num_processes", "accelerate_config")
+
+
+def load_questions(args: QuestionArguments, read_file: Callable[[str, list[BadRow]], Dataset]) -> Questions:
+    """
+    Questions of a dataset with candidates, or of a file, with those that are found if there is something to find them.
+
+    Args:
+        args ([`~arguments.QuestionArguments`]):
+            Where they are.
+        read_file (`Callable`):
+            Reads a file, and adds the rows that cannot be read to a list.
+
+    Returns:
+        [`~questions.Questions`]
+
+    Raises:
+        `DatasetError`: none can be read, or some cannot and `on_error` is `"stop"`; or nothing can be retrieved.
+    """
+    bad_rows: list[BadRow] = []
+    if args.dataset_name is not None:
+        dataset, name = load_records(args.dataset_name, args.dataset_split, bad_rows), args.dataset_name
+    else:
+        dataset, name = read_file(str(args.questions), bad_rows), str(args.questions)
+    questions = Questions(dataset, bad_rows, name)
+    if args.max_questions is not None:
+        questions.keep_first(args.max_questions)
+    questions.settle(args.on_error)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    if retriever is not None:
+        k = args.max_candidates or RAGConfig.max_candidates
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
+    return questions
