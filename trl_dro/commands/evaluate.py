@@ -17,7 +17,6 @@ from ..retrieval import retrieve_candidates
 from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
-from ..system.rag_config import RAGConfig
 from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments, check_range
 
@@ -119,8 +118,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         "options": options,
         **{name: value for name, value in sizes.items() if value is not None},
     }
-    questions = _load_questions(args)
     found = find_system(**system)
+    questions = _load_questions(args, found.config.max_candidates)
     questions.check(
         [name for name in (*REQUIRED_COLUMNS, "positive_ids") if name in questions.dataset.column_names],
         lambda record, where: check_record(record, where, found.config.num_selected),
@@ -156,7 +155,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     return summary
 
 
-def _load_questions(args: EvaluationArguments) -> Questions:
+def _load_questions(args: EvaluationArguments, max_candidates: int) -> Questions:
     bad_rows: list[BadRow] = []
     if args.dataset_name is not None:
         name = args.dataset_name
@@ -169,8 +168,7 @@ def _load_questions(args: EvaluationArguments) -> Questions:
     questions.settle(args.on_error)
     retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
     if retriever is not None:
-        k = args.max_candidates or RAGConfig.max_candidates
-        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, max_candidates)
     require_columns(questions.dataset, REQUIRED_COLUMNS, name)
     check_types(questions.dataset.features, name)
     return questions

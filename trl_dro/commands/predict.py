@@ -15,7 +15,6 @@ from ..retrieval import retrieve_candidates
 from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
-from ..system.rag_config import RAGConfig
 from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments
 
@@ -75,6 +74,9 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
     sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
     options = args.load_options()
     system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    if retriever is not None:
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, system.config.max_candidates)
     questions.check_lengths(system, options)
     questions.settle(args.on_error)
     dataset = questions.dataset
@@ -115,10 +117,7 @@ def _load_questions(args: PredictArguments) -> Questions:
     if args.max_questions is not None:
         questions.keep_first(args.max_questions)
     questions.settle(args.on_error)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
-    if retriever is not None:
-        k = args.max_candidates or RAGConfig.max_candidates
-        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
+    if (args.corpus or args.retriever) is not None:
         return questions
     for column in ("question", "documents"):
         if column not in dataset.column_names:
