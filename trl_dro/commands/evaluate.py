@@ -18,7 +18,7 @@ from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments, check_range
-from .questions import NOT_COMPARED, load_questions
+from .questions import NOT_COMPARED, find_candidates, load_questions
 
 
 # Arguments that do not change the result of a question.
@@ -138,10 +138,11 @@ def _questions_and_settings(
     args: EvaluationArguments, system: dict[str, Any], selection: Selection
 ) -> tuple[Questions, dict[str, Any]]:
     """Questions that can be asked, and what tells this evaluation of them from others."""
+    found = find_system(**system)
     questions = load_questions(args, read_questions)
+    find_candidates(args, questions, found.config.max_candidates)
     require_columns(questions.dataset, REQUIRED_COLUMNS, questions.name)
     check_types(questions.dataset.features, questions.name)
-    found = find_system(**system)
     questions.check(
         [name for name in (*REQUIRED_COLUMNS, "positive_ids") if name in questions.dataset.column_names],
         lambda record, where: check_record(record, where, found.config.num_selected),

@@ -16,7 +16,7 @@ from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.run_folder import LoadOptions, find_system, system_stamp
 from .arguments import QuestionArguments
-from .questions import NOT_COMPARED, load_questions
+from .questions import NOT_COMPARED, find_candidates, load_questions
 
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -103,6 +103,7 @@ def _questions_and_settings(
     if (args.corpus or args.retriever) is None:
         _check_documents(questions, args.questions is not None)
     system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
+    find_candidates(args, questions, system.config.max_candidates)
     questions.check_lengths(system, options)
     questions.settle(args.on_error)
     asked = {name: value for name, value in asdict(args).items() if name not in NOT_COMPARED}

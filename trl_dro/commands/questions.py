@@ -10,7 +10,6 @@ from ..data.schema import BadRow
 from ..retrieval import retrieve_candidates
 from ..retrieval.services import retriever_of
 from ..system.questions import Questions
-from ..system.rag_config import RAGConfig
 from .arguments import QuestionArguments
 
 
@@ -20,7 +19,7 @@ NOT_COMPARED = ("output_dir", "tokens_per_batch", "device", "on_error", "num_pro
 
 def load_questions(args: QuestionArguments, read_file: Callable[[str, list[BadRow]], Dataset]) -> Questions:
     """
-    Questions of a dataset with candidates, or of a file, with those that are found if there is something to find them.
+    Questions of a dataset, or of a file.
 
     Args:
         args ([`~arguments.QuestionArguments`]):
@@ -32,7 +31,7 @@ def load_questions(args: QuestionArguments, read_file: Callable[[str, list[BadRo
         [`~questions.Questions`]
 
     Raises:
-        `DatasetError`: none can be read, or some cannot and `on_error` is `"stop"`; or nothing can be retrieved.
+        `DatasetError`: none can be read, or some cannot and `on_error` is `"stop"`.
     """
     bad_rows: list[BadRow] = []
     if args.dataset_name is not None:
@@ -43,8 +42,11 @@ def load_questions(args: QuestionArguments, read_file: Callable[[str, list[BadRo
     if args.max_questions is not None:
         questions.keep_first(args.max_questions)
     questions.settle(args.on_error)
+    return questions
+
+
+def find_candidates(args: QuestionArguments, questions: Questions, max_candidates: int) -> None:
+    """Gives questions their candidates, if there is something to find them with."""
     retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
     if retriever is not None:
-        k = args.max_candidates or RAGConfig.max_candidates
-        questions.dataset = retrieve_candidates(questions.dataset, retriever, k)
-    return questions
+        questions.dataset = retrieve_candidates(questions.dataset, retriever, max_candidates)
