@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """
 flex_attention, compiled, against sdpa on rows that share a prompt: log-probabilities and, on a GPU, gradients, for
-prompts of changing lengths, with the seconds of both and how many graphs were compiled. torch compiles for the first
-length, again for the second with lengths that may change, and should not for any other.
+prompts of changing lengths, with the seconds of both and how many graphs were compiled: torch compiles for the first
+length, and again for lengths that may change.
 
 ```bash
 .venv/bin/python benchmarks/flex_attention.py --device cuda  # needs a CUDA GPU

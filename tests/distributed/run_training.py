@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Collection
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ ENGINES = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     },
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+            "DS_ACCELERATOR": "cpu",
+        }
+        for stage in (1, 2)
+    },
 }
 
 
@@ -67,6 +76,12 @@ def allow_fsdp_on_cpu() -> None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     AcceleratorState.__init__ = init_with_fsdp
+
+
+def spare_deepspeed_its_compiler() -> None:
+    """Without an accelerator DeepSpeed first compiles a way of its own to add up tensors, which takes minutes."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -117,6 +132,8 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     } | settings
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        settings |= {"use_cpu": False, "ddp_backend": "gloo"}  # of use_cpu accelerate makes plain data parallelism
     trainer = DROTrainer(
         model=tiny_llama(tokenizer),
         args=DROConfig(**settings),
@@ -200,6 +217,7 @@ def _run_with_log(jobs: list[dict[str, Any]], log: str) -> None:
 def run(jobs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     allow_fsdp_on_cpu()
+    spare_deepspeed_its_compiler()
     print(f"process {os.getpid()} is rank {os.environ.get('RANK', 0)}", flush=True)
     for job in jobs:
         train(**job)

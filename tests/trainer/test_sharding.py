@@ -17,6 +17,7 @@ from ..tiny_models import bpe_tokenizer, tiny_llama
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,9 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
     [
         (FSDP, "FSDP1 .* set fsdp_version to 2"),
         (FSDP | {"FSDP_VERSION": "1"}, "FSDP1 .* set fsdp_version to 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed .* use FSDP2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO stage 3 .* use FSDP2, .* stages 1 and 2 are"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0 is not supported"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "leave out offload_optimizer_device"),
     ],
 )
 def test_engines_that_the_launcher_chose_are_refused_though_no_argument_names_them(monkeypatch, environment, message):
@@ -47,6 +50,24 @@ def test_fsdp2_of_the_launcher_or_of_the_arguments_is_not_refused(monkeypatch):
     args.fsdp_plugin_args = {"fsdp_version": 1}
     with pytest.raises(ValueError, match="FSDP1"):
         refuse_engines(args)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_stages_that_are_supported_are_not_refused(monkeypatch, stage):
+    args = DROConfig(use_cpu=True, bf16=False)
+    for name, value in (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}).items():
+        monkeypatch.setenv(name, value)
+    refuse_engines(args)
+
+
+def test_zero_of_a_config_is_refused_by_its_stage_and_offload():
+    plugin = SimpleNamespace(zero_stage=2, hf_ds_config=SimpleNamespace(is_offload=lambda: True))
+    fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match="leave out offload_optimizer_device"):
+        engine_of(fake, None)
+    plugin.zero_stage = 3
+    with pytest.raises(ValueError, match="ZeRO stage 3"):
+        engine_of(fake, None)
 
 
 def accelerator(**plugin):

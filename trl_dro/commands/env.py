@@ -17,6 +17,7 @@ PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "e
 EXTRAS = {
     "quantization": "bases in 4 or 8 bits (QLoRA), 8-bit optimizers",
     "colbert": "retrieval with ColBERT",
+    "deepspeed": "optimizer states spread over GPUs by ZeRO",
     "dense": "retrieval with sentence-transformers",
     "documents": "corpora of HTML and PDF files",
     "plots": "figures of the demo and of the benchmarks, `trl-dro report`",

@@ -53,13 +53,19 @@ def find_damage(folder: str | Path, weights_in: Sequence[str] = ROLES) -> str | 
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{TRAINER_STATE_NAME} is damaged ({type(error).__name__}: {error})"
-    # The latter two are FSDP's: of one file, and of a folder with a part of each process.
-    optimizers = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0/.metadata")
+    # FSDP's: of one file, and of a folder with a part of each process. `latest` is DeepSpeed's, and names its folder.
+    optimizers = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0/.metadata", "latest")
     if not any((folder / name).is_file() for name in optimizers):
         return f"{OPTIMIZER_NAME} is missing, as with save_only_model"
-    for path in sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")):
+    states = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+    if (folder / "latest").is_file():
+        parts = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        if not any(parts.glob("*optim_states.pt")):
+            return f"{parts.name} has no optimizer states"
+        states += sorted(parts.glob("*.pt"))
+    for path in states:
         if not zipfile.is_zipfile(path):
-            return f"{path.name} is damaged"
+            return f"{path.relative_to(folder)} is damaged"
     return None
 
 

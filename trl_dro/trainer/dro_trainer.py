@@ -338,7 +338,7 @@ class DROTrainer(RoleTrainer):
             kept = counted.unsqueeze(-1) & logps.isfinite()
             terms = self._note_terms(role, coefficients * torch.where(kept, logps, 0.0))
             loss = -terms.sum() / update_size
-            self.accelerator.backward(loss)
+            self.engine.backward(loss)
         # Shares add up to 1 over an update's parts, micro-batches and, on average, processes.
         self._means.add(f"{role}/loss", loss, sum(estimate.batch.counted) / update_size)
         return loss.detach()

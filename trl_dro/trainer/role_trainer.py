@@ -36,7 +36,7 @@ from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
 from .run import Identity, RunTrainer
-from .sharding import FSDP2, engine_of, fill
+from .sharding import FSDP2, DataParallel, engine_of, fill
 
 
 logger = get_logger(__name__)
@@ -155,17 +155,18 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model: nn.Module):
-        self._check_gradients()
-        return super()._clip_grad_norm(model)
+        norm = self._check_gradients()
+        return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         if grad_norm is None:  # gradients are not clipped
-            self._check_gradients()
+            grad_norm = self._check_gradients()
         return super()._get_grad_norm(model, grad_norm)
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self) -> float | None:
         """
-        Logs the norm of each role's gradient, and leaves out an update that could only do harm.
+        Logs the norm of each role's gradient, and leaves out an update that could only do harm. Returns the norm of
+        all where the engine clips by itself.
 
         Raises:
             `RuntimeError`: a role has a loss and no gradient at all.
@@ -175,8 +176,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         scale = 1.0 if scaler is None else scaler.get_scale()
         norms = {}
         for role in self.roles.trained:
-            gradients = [p.grad for _, p in self.roles.named_parameters(role) if p.grad is not None]
-            norms[role] = self.engine.norm(gradients) / scale
+            norms[role] = self.engine.norm([p for _, p in self.roles.named_parameters(role)]) / scale
             # In fp16 a gradient may be too small for its dtype.
             if scaler is None and role in self._moved_roles and norms[role] == 0:
                 raise RuntimeError(
@@ -193,10 +193,9 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             self._skipped_updates = 0
             for role, norm in norms.items():
                 self._means.add(f"{role}/grad_norm", norm)
-            return
+            return self.engine.clipped(list(norms.values()))
         for role in self.roles.trained:
-            for _, parameter in self.roles.named_parameters(role):
-                parameter.grad = None  # the optimizer passes over it, momentum and weight decay included
+            self.engine.leave_out([p for _, p in self.roles.named_parameters(role)])
             self._means.add(f"{role}/grad_norm", 0.0, 0.0)
         self._skipped_updates += 1
         shown = self._question_ids(self._last_rows)
@@ -206,6 +205,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
                 f"{self._skipped_updates} updates in a row were not finite (last questions: {shown}): lower the "
                 "learning rate, check these questions, or use bf16 instead of fp16"
             )
+        return self.engine.clipped(list(norms.values()))
 
     def _note_terms(self, role: Role, terms: Tensor) -> Tensor:
         """Notes whether a role's loss has terms, weighted log-probabilities, that are not zero; returns them."""
@@ -368,7 +368,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves both roles, see [`~transformers.Trainer.save_model`]; all processes must call it."""
-        if not self.engine.lockstep:
+        if type(self.engine) is DataParallel:
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, self.engine.whole(self.roles.state_to_save()))

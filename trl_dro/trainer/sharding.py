@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""How processes share the work of training: plain data parallelism, where each holds all weights, or FSDP2, where each
-holds a part of every weight. The one file that knows engines.
+"""How processes share the work of training: plain data parallelism, where each holds all weights; FSDP2, where each
+holds a part of every weight; or DeepSpeed's ZeRO, where each holds a part of the optimizer's states (stage 1) and of
+the gradients (stage 2). The one file that knows engines.
 
 Where weights are sharded, all processes must go through the model together. Without gradients their numbers of
 forwards differ, by the length of what they write say: there the weights of a role are gathered first. With gradients
@@ -12,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,6 +56,10 @@ class DataParallel:
         """Gradients are averaged over processes once, in the last role's backward."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a role's loss, in [`synced_backward`]."""
+        self.accelerator.backward(loss)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in a process that this one must go along with."""
         return flag
@@ -62,9 +68,18 @@ class DataParallel:
         """Parts of a micro-batch, as many as other processes have if they must go along."""
         return parts
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of all of a role's gradients."""
-        return nn.utils.get_total_norm(gradients)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Has the optimizer pass over the update that was to come, momentum and weight decay included."""
+        for parameter in parameters:
+            parameter.grad = None
+
+    def clipped(self, norms: Sequence[Tensor]) -> float | None:
+        """Norm of all gradients, by the roles', where the optimizer's step clips them; `None` where Trainer does."""
+        return None
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Weights to be saved, where the model itself cannot give them; empty but in the first process."""
@@ -152,8 +167,8 @@ class FSDP2(DataParallel):
         mine = torch.tensor([number], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        norm: Any = nn.utils.get_total_norm(gradients)
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        norm: Any = super().norm(parameters)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,6 +183,73 @@ class FSDP2(DataParallel):
     def save_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
         """Writes the optimizer's state, which any number of processes can read."""
         save_fsdp_optimizer(self.plugin, self.accelerator, optimizer, model, folder)
+
+
+class ZeRO(DataParallel):
+    """
+    Optimizer states, and in stage 2 gradients, spread over processes by DeepSpeed, as accelerate applies it. Each
+    process holds all weights, and goes through the model when it likes.
+
+    DeepSpeed takes every backward for that of a whole loss, and accelerate steps the optimizer after it. Here the last
+    role's backward of an update is told to be the last, and the step is made when the gradients have been looked at.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes.
+        roles ([`~roles.Roles`]):
+            Both roles.
+    """
+
+    def __init__(self, accelerator: Accelerator, roles: Roles):
+        super().__init__(accelerator, roles)
+        plugin: Any = accelerator.state.deepspeed_plugin
+        # Each process keeps its part, which no other number of processes can read.
+        self.name = f"ZeRO-{plugin.zero_stage} on {accelerator.num_processes} processes"
+        self._deepspeed: Any = None  # its engine, once the model is prepared
+        self._left_out = False
+        prepare = accelerator.prepare
+
+        def prepare_and_step_late(*objects: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*objects, **kwargs)
+            if isinstance(objects[0], nn.Module):
+                self._deepspeed, optimizer = prepared[:2]
+                # A method of it, which the scheduler of learning rates will wrap.
+                optimizer.step = MethodType(lambda _, closure=None: self._step(), optimizer)
+            return prepared
+
+        accelerator.prepare = prepare_and_step_late  # type: ignore[method-assign,assignment]
+
+    def synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        self._deepspeed.set_gradient_accumulation_boundary(last and self.accelerator.sync_gradients)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        # One after the other: no process ever holds more than one gradient that is whole.
+        norms = [safe_get_full_grad(parameter).norm() for parameter in parameters]
+        return torch.stack(norms).norm() if norms else torch.zeros((), device=self.accelerator.device)
+
+    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._left_out = True
+
+    def clipped(self, norms: Sequence[Tensor]) -> float:
+        return 0.0 if self._left_out else float(torch.stack(list(norms)).norm())
+
+    def _step(self) -> None:
+        if not self._left_out:
+            self._deepspeed.step()
+            return
+        # As its own optimizer does where fp16 overflows.
+        self._left_out = False
+        optimizer = self._deepspeed.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        optimizer.micro_step_id = -1
 
 
 def _nothing() -> None:
@@ -196,14 +278,16 @@ def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
             Both roles.
 
     Returns:
-        [`DataParallel`] or [`FSDP2`]
+        [`DataParallel`], [`FSDP2`] or [`ZeRO`]
 
     Raises:
         `ValueError`: it is another engine, or one with settings under which two roles cannot be trained.
     """
     kind = str(accelerator.distributed_type.value)
     if kind == "DEEPSPEED":
-        raise ValueError(_NO_DEEPSPEED)
+        zero: Any = accelerator.state.deepspeed_plugin
+        _refuse_zero(zero.zero_stage, zero.hf_ds_config.is_offload())
+        return ZeRO(accelerator, roles)
     if kind == "MEGATRON_LM":
         raise ValueError(f"Megatron-LM does not know two roles: use {_FSDP2_RECIPE}")
     if kind != "FSDP":
@@ -230,7 +314,20 @@ _NO_FSDP1 = (
     "FSDP1 saves one adapter only and cannot run two roles' backwards one after the other: set fsdp_version to 2, as "
     "recipes/accelerate/fsdp2.yaml has it"
 )
-_NO_DEEPSPEED = f"DeepSpeed would step the optimizer after each role's backward: use {_FSDP2_RECIPE}"
+
+
+def _refuse_zero(stage: int, offloads: bool = False) -> None:
+    """Raises `ValueError` for what DeepSpeed is not used for here."""
+    if stage not in (1, 2):
+        raise ValueError(
+            f"DeepSpeed's ZeRO stage {stage} is not supported for two roles: to shard the weights too use "
+            f"{_FSDP2_RECIPE}; stages 1 and 2 are, e.g. recipes/accelerate/zero2.yaml"
+        )
+    if offloads:
+        raise ValueError(
+            "DeepSpeed's offload does not show the gradients of each role before the optimizer's step: leave out "
+            "offload_optimizer_device and offload_param_device"
+        )
 
 
 def refuse_engines(args: TrainingArguments) -> None:
@@ -238,20 +335,26 @@ def refuse_engines(args: TrainingArguments) -> None:
     Raises `ValueError` for engines that cannot train two roles, before anything is loaded: by the training arguments,
     and by what `accelerate launch` says in the environment, as a config of its own sets no argument.
     """
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(_NO_DEEPSPEED)
+    if args.deepspeed:
+        _refuse_zero(args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0))
+    elif _is_true("ACCELERATE_USE_DEEPSPEED"):
+        devices = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+        _refuse_zero(stage, any(device not in (None, "none") for device in devices))
     if args.fsdp_plugin_args is not None:
         if args.fsdp_plugin_args["fsdp_version"] != 2:
             raise ValueError(_NO_FSDP1)
-    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and os.environ.get("FSDP_VERSION") != "2":
+    elif _is_true("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
         raise ValueError(_NO_FSDP1)
-    if args.distributed_state.distributed_type == "DEEPSPEED":
-        raise ValueError(_NO_DEEPSPEED)
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def shards(accelerate_config: str | None, args: TrainingArguments) -> bool:
     """Whether a run will be sharded: by its arguments, the launcher's environment, or a config file of accelerate."""
-    if args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if args.fsdp_plugin_args is not None or _is_true("ACCELERATE_USE_FSDP"):
         return True
     if accelerate_config is None:
         return False
