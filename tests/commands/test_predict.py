@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
+import shutil
 
 import pytest
 
@@ -7,6 +8,7 @@ from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.commands.evaluate import EvaluationArguments, evaluate
 from trl_dro.commands.predict import PredictArguments, predict
 from trl_dro.data import DatasetError
+from trl_dro.evaluation import evaluation
 
 from ..test_faults import TOKENIZER, make_trainer
 from ..tiny_models import tiny_llama
@@ -124,6 +126,37 @@ def test_candidates_come_from_a_corpus_where_there_is_one(folder, tmp_path):
     first, second = predict(arguments(folder, tmp_path, max_candidates=4, **settings))
     assert first["id"] is None and set(first["selected"]) <= {1, 2, 3, 4}
     assert all(each.startswith("p") for each in first["selected_ids"] + second["selected_ids"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_as_many_candidates_are_retrieved_as_the_run_was_trained_on_or_as_there_are(
+    folder, tmp_path, monkeypatch, command
+):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    settings = json.loads((run / "rag_config.json").read_text())
+    (run / "rag_config.json").write_text(json.dumps(settings | {"max_candidates": 25}))
+    (tmp_path / "questions.jsonl").write_text('{"question": "who wrote book 3", "answers": ["Anna"]}\n')
+    seen = []
+    for size in (30, 6):
+        passages = [{"id": f"p{i}", "text": f"Book {i} of {size} was written by Anna {i}."} for i in range(size)]
+        (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+        asked = {"questions": str(tmp_path / "questions.jsonl"), "corpus": str(tmp_path / "corpus.jsonl")}
+        asked |= {"model": str(run), "output_dir": str(tmp_path / f"out-{size}"), "device": "cpu"}
+        call = RAGPipeline._select if command == "predict" else evaluation._score_batch
+
+        def counting(*given, call=call):
+            seen.append(len(given[-1][0]["documents"]))
+            return call(*given)
+
+        with monkeypatch.context() as patch:
+            if command == "predict":
+                patch.setattr(RAGPipeline, "_select", counting)
+                predict(PredictArguments(**asked))
+            else:
+                patch.setattr(evaluation, "_score_batch", counting)
+                evaluate(EvaluationArguments(**asked))
+    assert seen == [25, 6]
 
 
 def test_a_dataset_can_be_asked_and_cut_short(folder, tmp_path):

@@ -62,10 +62,21 @@ def test_rare_word_outweighs_common_one(retriever):
     assert documents[0]["id"] == "p4"
 
 
-@pytest.mark.parametrize("k", [0, 6])
-def test_k_out_of_range_is_refused(retriever, k):
-    with pytest.raises(ValueError, match=f"k={k} .* corpus of 5; set k between 1 and 5"):
-        retriever.search(["fox"], k=k)
+def test_no_passages_at_all_are_refused(retriever):
+    with pytest.raises(ValueError, match="k=0 .* set k to 1 or more"):
+        retriever.search(["fox"], k=0)
+
+
+def test_a_small_corpus_gives_all_it_has_and_says_so_once(caplog):
+    small = BM25Retriever([*CORPUS, {"id": "small", "text": "Foxes eat honey."}], show_progress=False)
+    first, second = small.search(["red fox", "honey"], k=20)
+    assert {document["id"] for document in first} == {"p0", "p1", "p2", "p3", "p4", "small"}
+    assert first == small.search(["red fox"], k=6)[0]
+    assert len(second) == 6
+    small.search(["vitamin"], k=20)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the corpus has 6 passages, fewer than the 20 asked for: every question gets all of them"
+    ]
 
 
 def test_empty_corpus_is_refused():

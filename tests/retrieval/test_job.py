@@ -219,11 +219,16 @@ def test_what_something_else_wrote_is_not_replaced(job, tmp_path):
     assert (tmp_path / "out" / "train" / "thesis.txt").exists()
 
 
-def test_missing_column_and_too_large_k_are_refused(job):
+def test_missing_column_is_refused(job):
     with pytest.raises(DatasetError, match="no column answers"):
         job(questions=questions_of(3).remove_columns("answers"))
-    with pytest.raises(ValueError, match="k=201 .* corpus of 200"):
-        job(k=201)
+
+
+def test_of_a_small_corpus_all_passages_are_candidates(job, tmp_path):
+    dataset = job(questions=questions_of(3), k=201)
+    assert all(len({document["id"] for document in row["documents"]}) == 200 for row in dataset)
+    report = read_report(tmp_path / "out" / "train")
+    assert report["settings"]["k"] == 200 and list(report["recall"]["contains an answer"])[-1] == "200"
 
 
 def test_precomputed_candidates_need_no_corpus(tmp_path):

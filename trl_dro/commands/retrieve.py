@@ -124,9 +124,11 @@ def retrieve(args: RetrieveArguments) -> Dataset:
         batch_size=args.batch_size,
     )
     folder = Path(args.output_dir) / args.split
+    k = args.k
     if (report := read_report(folder)) is not None:
         print_report(report, title=f"{' + '.join(args.retriever)}, {args.split}")
-    print(f"{len(dataset):,} questions with their top {args.k} are in {folder}")
+        k = report["settings"]["k"]
+    print(f"{len(dataset):,} questions with their top {k} are in {folder}")
     if args.push_to_hub:
         dataset.push_to_hub(args.push_to_hub, split=args.split)
     return dataset

@@ -111,16 +111,16 @@ class BM25Retriever:
 
         Args:
             queries (`list[str]`): queries. Of one that shares no word with any passage, the ranking means nothing.
-            k (`int`): number of passages per query, from 1 to the size of the corpus.
+            k (`int`): number of passages per query. Of a smaller corpus all are returned.
 
         Returns:
             `list[list[Document]]`: for each query, its `k` best passages, best first, with their `score`.
 
         Raises:
-            `DatasetError`: `k` is out of range.
+            `DatasetError`: `k` is below 1.
             `ValueError`: nothing is indexed yet.
         """
-        corpus = require_corpus(self.corpus, k)
+        corpus, k = require_corpus(self.corpus, k)
         if not queries:
             return []
         starts = np.cumsum([0] + [shard.scores["num_docs"] for shard in self.shards])[:-1]

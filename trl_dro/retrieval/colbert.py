@@ -113,7 +113,7 @@ class ColBERTRetriever:
 
     def search(self, queries: list[str], k: int) -> list[list[Document]]:
         """Ranks the passages for each query; see [`BM25Retriever.search`]."""
-        corpus = require_corpus(self.corpus, k)
+        corpus, k = require_corpus(self.corpus, k)
         if not queries:
             return []
         # colbert-ai derives how far it looks from the first k it sees, and keeps it for the next.

@@ -93,7 +93,7 @@ class DenseRetriever:
 
     def search(self, queries: list[str], k: int) -> list[list[Document]]:
         """Ranks the passages for each query; see [`BM25Retriever.search`]. An approximate index may find fewer."""
-        corpus = require_corpus(self.corpus, k)
+        corpus, k = require_corpus(self.corpus, k)
         if not queries:
             return []
         vectors = self.encoder.encode_query(

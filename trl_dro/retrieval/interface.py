@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """What every retriever does, and what all of them share."""
 
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,9 @@ from ..data.corpus import Corpus
 from ..data.lines import first_line
 from ..data.schema import DatasetError, Document, Message
 from ..data.storage import content_key, file_key
+
+
+logger = logging.getLogger(__name__)
 
 
 class Retriever(Protocol):
@@ -30,22 +35,34 @@ class Retriever(Protocol):
         ...
 
 
-def require_corpus(corpus: Corpus | None, k: int) -> Corpus:
+def require_corpus(corpus: Corpus | None, k: int) -> tuple[Corpus, int]:
     """
-    The corpus that was indexed, if `k` passages can be retrieved from it.
+    The corpus that was indexed, and how many passages of each query can be retrieved from it: all there are, which a
+    warning says, where it has fewer than `k`.
 
     Raises:
-        `DatasetError`: the corpus has fewer than `k` passages, or `k` is below 1.
+        `DatasetError`: `k` is below 1.
         `ValueError`: nothing is indexed yet.
     """
     if corpus is None:
         raise ValueError("nothing is indexed yet; call index(corpus, folder) before search")
-    if not 1 <= k <= len(corpus):
-        raise DatasetError(
-            f"k={k} passages per query cannot be retrieved from a corpus of {len(corpus)}; "
-            f"set k between 1 and {len(corpus)}, or give a larger corpus"
-        )
-    return corpus
+    return corpus, num_candidates(corpus, k)
+
+
+def num_candidates(corpus: Corpus, k: int) -> int:
+    """`k`, or the size of a corpus that is smaller; then a warning says so. See [`require_corpus`]."""
+    if k < 1:
+        raise DatasetError(f"k={k} passages per query cannot be retrieved; set k to 1 or more")
+    if k > len(corpus):
+        _tell_of_small_corpus(corpus.fingerprint, len(corpus), k)
+    return min(k, len(corpus))
+
+
+@cache  # once, however many queries there are
+def _tell_of_small_corpus(fingerprint: str, num_passages: int, k: int) -> None:
+    logger.warning(
+        "the corpus has %d passages, fewer than the %d asked for: every question gets all of them", num_passages, k
+    )
 
 
 def query_text(question: str | list[Message]) -> str:

@@ -20,7 +20,7 @@ from ..data.corpus import Corpus
 from ..data.schema import DatasetError, build_dataset, check_answers, check_question, require_columns
 from ..data.storage import DEFAULT_CACHE_DIR, content_key, locked, make_folder, whole_folder
 from ..metrics.text import has_answer
-from .interface import Retriever, query_text, require_corpus
+from .interface import Retriever, num_candidates, query_text
 
 
 REPORT = "retrieval.json"
@@ -41,11 +41,11 @@ def retrieve_candidates(questions: Dataset, retriever: Retriever, k: int = 20, b
         batch_size (`int`, *optional*, defaults to `256`): number of questions per call of the retriever.
 
     Returns:
-        `Dataset`: the questions with a column `documents` of `k` documents in rank order, with `score` and `rank`.
+        `Dataset`: the questions with a column `documents` of `k` documents, fewer of a smaller corpus, in rank order,
+        with `score` and `rank`.
 
     Raises:
         `DatasetError`: there are no questions, or a column is missing.
-        `ValueError`: the retriever has fewer than `k` documents.
 
     Example:
     ```python
@@ -92,7 +92,7 @@ def retrieve_to_folder(
         output_dir (`str` or `os.PathLike`): folder of the dataset. Each split is a subfolder, so that
             `load_from_disk(output_dir)` gives all of them and `load_from_disk(output_dir / split)` gives one.
         split (`str`, *optional*, defaults to `"train"`): name of the split.
-        k (`int`, *optional*, defaults to `20`): number of candidates per question.
+        k (`int`, *optional*, defaults to `20`): number of candidates per question; all passages of a smaller corpus.
         cache_dir (`str` or `os.PathLike`, *optional*, defaults to `$HF_HOME/trl_dro`): where indexes are kept.
         shard_size (`int`, *optional*, defaults to `1000`): questions per shard: the most that a kill can cost, and
             the most that memory holds.
@@ -103,8 +103,7 @@ def retrieve_to_folder(
         settings, Recall@1/3/5/20 of the retriever, and the seconds the search took.
 
     Raises:
-        `DatasetError`: a column is missing, the corpus has fewer than `k` passages, or `output_dir` holds something
-            else.
+        `DatasetError`: a column is missing, or `output_dir` holds something else.
 
     Example:
     ```python
@@ -121,7 +120,7 @@ def retrieve_to_folder(
     if len(questions) == 0:
         raise DatasetError("questions has no rows; check the file, split or filter it came from")
     if corpus is not None:
-        require_corpus(corpus, k)
+        k = num_candidates(corpus, k)
     settings = {"k": k, "corpus": corpus.fingerprint if corpus else None, "retriever": retriever.settings}
     key = content_key(VERSION, settings, _questions_key(questions))
     folder = Path(output_dir) / split
