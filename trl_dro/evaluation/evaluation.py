@@ -13,8 +13,9 @@ from ..data import validate_dataset
 from ..data.processes import ALONE, Processes
 from ..data.resumable import complete_rows, fingerprint
 from ..data.schema import BadRow
+from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
-from ..model.rag_model import RAGModel, chunk_rows
+from ..model.rag_model import RAGModel
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
 from .scoring import Selection, score_question, select
