@@ -28,6 +28,7 @@ def complete_rows(
     work: Callable[[list[int]], Iterable[tuple[list[int], list[Row]]]],
     description: str,
     skipped: Sequence[BadRow] = (),
+    unit: str = "question",
 ) -> list[Row]:
     """
     The lines of a file, one for each of `num_rows` questions in their order. Those that an earlier call left are kept,
@@ -47,6 +48,8 @@ def complete_rows(
             Of the progress bar.
         skipped (`list[BadRow]`, *optional*):
             Rows of the source that are left out, listed in `skipped.jsonl`; the questions are the others.
+        unit (`str`, *optional*, defaults to `"question"`):
+            Of the progress bar.
 
     Returns:
         `list[dict]`: the results, each with its `row`, the number in the source.
@@ -71,7 +74,7 @@ def complete_rows(
         if left:
             with (
                 open(partial_path, "a", encoding="utf-8") as file,
-                tqdm(total=num_rows, initial=len(done), desc=description, unit="question") as progress,
+                tqdm(total=num_rows, initial=len(done), desc=description, unit=unit) as progress,
             ):
                 for places, batch in work(left):
                     if not begun:  # not before there is a result: an attempt that failed claims nothing
