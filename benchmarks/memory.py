@@ -6,6 +6,8 @@ memory that the process had with what the dry run says, for each base with and w
 ```bash
 .venv/bin/python benchmarks/memory.py --bases SMOLLM2 GEMMA --data outputs/nq/train
 .venv/bin/python benchmarks/memory.py --quick      # the tiny model and an invented world
+.venv/bin/python benchmarks/memory.py --gpu --random gpu-llama1b --dtype bfloat16 --candidates 20 --selected 5 \\
+    --permutations 8                               # random weights of that shape, on a CUDA GPU
 ```
 
 On a CPU, "measured" is the peak of resident memory less what was resident before the model was loaded; on a GPU, the
@@ -18,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +29,8 @@ from peft import LoraConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, set_seed
+from step_cost import PRESETS, make_questions, make_tokenizer, save_random_model
+from transformers import AutoConfig, LlamaConfig, set_seed
 
 from trl_dro import DROConfig, DROTrainer
 from trl_dro.demo.tiny import TINY_MODEL
@@ -35,6 +39,19 @@ from trl_dro.trainer.plan import Lengths, Models, make_plan
 
 
 GIB = 2**30
+
+
+def write_random(name: str, folder: Path, num_candidates: int) -> None:
+    """Writes a base of random weights, its tokenizer and questions, of a preset of `step_cost.py`."""
+    preset = PRESETS[name]
+    tokenizer = make_tokenizer(preset.model["vocab_size"])
+    ids = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**preset.model, **ids, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    base = folder / name
+    base.mkdir()
+    save_random_model(config, base, preset.device)
+    tokenizer.save_pretrained(base)
+    make_questions(8, num_candidates, preset.words).save_to_disk(folder / "questions")
 
 
 def longest(dataset: Dataset, number: int, max_candidates: int) -> Dataset:
@@ -91,7 +108,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=[str(TINY_MODEL)], help="Folders or Hub ids.")
     parser.add_argument("--data", default="outputs/nq/train", help="A dataset that trl-dro retrieve wrote.")
@@ -103,29 +120,46 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--random", choices=list(PRESETS), help="Random weights and questions of this shape instead.")
+    parser.add_argument("--json", type=Path, help="File to write the numbers to.")
     parser.add_argument("--one", help="Only this setting, as JSON, in this process.")
-    return parser.parse_args(), sys.argv[1:]
+    return parser.parse_args()
 
 
 def main() -> None:
-    options, arguments = parse()
+    options = parse()
     if options.one:
         print(json.dumps(measure(options, **json.loads(options.one))))
         return
+    arguments = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.random:
+            write_random(options.random, Path(folder), options.candidates)
+            options.bases = [f"{folder}/{options.random}"]
+            arguments += ["--data", f"{folder}/questions"]
+        compare(options, arguments)
+
+
+def compare(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Measures every setting in a process of its own, and prints the table."""
     table = Table(box=box.MARKDOWN)
     for heading in ("base", "checkpointing", "weights, GiB", "estimate, GiB", "measured, GiB", "measured / estimate"):
         table.add_column(heading, justify="left" if heading == "base" else "right")
+    rows = []
     for base in options.bases:
         for checkpointing in (False, True):
             setting: dict[str, Any] = {"base": base, "checkpointing": checkpointing}
             command = [sys.executable, __file__, *arguments, "--one", json.dumps(setting)]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(run.stdout.splitlines()[-1])
+            rows.append({"base": base.rstrip("/").split("/")[-1], "checkpointing": checkpointing, **found})
             numbers = [f"{found[name] / GIB:.2f}" for name in ("weights", "estimate", "measured")]
             ratio = f"{found['measured'] / found['estimate']:.2f}"
-            table.add_row(base.rstrip("/").split("/")[-1], "yes" if checkpointing else "no", *numbers, ratio)
+            table.add_row(rows[-1]["base"], "yes" if checkpointing else "no", *numbers, ratio)
             print(f"{base}, checkpointing {checkpointing}: {found}", file=sys.stderr, flush=True)
     Console(width=160).print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ def make_trainer(preset: Preset, folder: Path, settings: dict[str, Any]) -> DROT
     return trainer
 
 
-def run(preset: Preset, folder: Path, settings: dict[str, Any]) -> None:
-    """Trains and prints what the module's description promises."""
+def run(preset: Preset, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains, prints what the module's description promises, and returns the figures."""
     trainer = make_trainer(preset, folder, settings)
     args = trainer.args
     record = trainer.train_dataset[0]
@@ -309,6 +309,13 @@ def run(preset: Preset, folder: Path, settings: dict[str, Any]) -> None:
     print(f"peak memory: {peak:.2f} GiB{aim}")
     if preset.device == "cuda":
         print(f"reserved by the allocator: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB")
+    return {
+        "updates": [logs for logs in trainer.state.log_history if "loss" in logs],
+        "base_unchanged": before == after,
+        "seconds_per_update": seconds / updates,
+        "peak_gib": peak,
+        "aim_gib": preset.aim,
+    }
 
 
 def main() -> None:
@@ -316,6 +323,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-tiny")
     parser.add_argument("--updates", type=int, help="updates instead of the preset's")
     parser.add_argument("--folder", help="where a temporary folder is made; the system's place for them if not set")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
@@ -325,7 +333,9 @@ def main() -> None:
         torch.set_num_threads(1)
     settings = {} if arguments.updates is None else {"max_steps": arguments.updates}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        run(preset, Path(folder), settings)
+        result = run(preset, Path(folder), settings)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ class Settings:
     lora_r: int = setting(16, "Rank of the adapters; alpha is twice that.")
     max_candidates: int = setting(5, "Candidates, n.")
     num_selected: int = setting(2, "Documents in a permutation, K.")
+    selector_form: str = setting("permutation", "As in DROConfig.")
+    query_likelihood_scale: float = setting(0.1, "As in DROConfig.")
     retriever_prior: float = setting(0.0, "Weight of the retriever in the selector, from the warm start on.")
     retriever_prior_from: str = setting("rank", "As in DROConfig.")
     max_document_length: int = setting(160, "Tokens of a document.")
@@ -104,7 +106,7 @@ class Settings:
     questions_per_update: int = setting(4, "Questions in an update.")
     questions_per_forward: int = setting(1, "Questions that go through a model together.")
     # Warm start
-    warmup_selector_questions: int = setting(500, "Training questions of the selector's warm start.")
+    warmup_selector_questions: int = setting(500, "Training questions of the selector's warm start; 0: none.")
     warmup_generator_questions: int = setting(100, "Training questions of the generator's warm start.")
     warmup_teacher: str = setting("relevant", "relevant: candidates with an answer first; retriever: its order.")
     warmup_only_informative: bool = setting(True, "relevant: leave out questions none of whose candidates has one.")
@@ -119,6 +121,7 @@ class Settings:
     answer_target: str = setting("first", "As in DROConfig.")
     answer_likelihood: str = setting("sum", "As in DROConfig.")
     likelihood_floor: float = setting(0.0, "As in DROConfig.")
+    negligible_weight: float = setting(0.0, "As in DROConfig.")
     save_every: int = setting(10, "Updates from checkpoint to checkpoint.")
 
     def __post_init__(self) -> None:
@@ -262,6 +265,11 @@ class Run:
             file.write(json.dumps(result) + "\n")
         return result
 
+    @property
+    def warm_stages(self) -> int:
+        """Roles that a warm start teaches: the generator, and the selector if it has questions."""
+        return 2 if self.settings.warmup_selector_questions else 1
+
     def trained(self) -> tuple[DROTrainer, float, list[dict[str, float]]]:
         s = self.settings
         if self.arm == "warm_start":
@@ -273,14 +281,15 @@ class Run:
                 )
             rate = {f"{role}_learning_rate": s.warmup_learning_rate for role in ("selector", "generator")}
             seconds, history, start = 0.0, [], None
-            for role, dataset in (("generator", generator), ("selector", selector)):
+            for role, dataset in (("generator", generator), ("selector", selector))[: self.warm_stages]:
                 other = "selector" if role == "generator" else "generator"
-                settings = rate | {f"train_{other}": False, "max_steps": len(dataset) // s.questions_per_update}
+                steps = max(1, len(dataset) // s.questions_per_update)
+                settings = rate | {f"train_{other}": False, "max_steps": steps}
                 trainer, more, rows = self.train(TaughtTrainer, dataset, settings, start, role)
                 seconds, history, start = seconds + more, history + rows, self.folder / role / "final"
             return trainer, seconds, history
         warm = Run(s, "warm_start", self.seed, self.train_dataset, self.eval_dataset)
-        start = warm.folder / "selector" / "final"
+        start = warm.folder / ("generator", "selector")[self.warm_stages - 1] / "final"
         if not start.is_dir():
             warm.folder.mkdir(parents=True, exist_ok=True)
             with locked(warm.folder / "lock"):

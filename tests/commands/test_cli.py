@@ -230,6 +230,29 @@ def test_training_is_launched_in_as_many_processes_as_are_asked_for(monkeypatch)
     assert second.config_file == str(config) and second.num_processes is None
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+@pytest.mark.parametrize(
+    "flags, num_gpus, processes",
+    [
+        ("", 1, None),
+        ("", 2, "one for each GPU"),
+        ("--device cuda:1", 2, None),
+        ("--device cpu", 2, None),
+        ("--device cpu --num_processes 2", 0, 2),
+        ("--num_processes 1", 2, None),
+    ],
+)
+def test_questions_are_answered_by_a_process_for_each_gpu(command, flags, num_gpus, processes, monkeypatch):
+    launched, called = [], []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr(f"trl_dro.commands.{command}.{command}", called.append)
+    call(monkeypatch, command, "run", "--dataset_name", "data", *flags.split())
+    assert [len(launched), len(called)] == ([0, 1] if processes is None else [1, 0])
+    if processes == 2:
+        assert (launched[0].num_processes, launched[0].multi_gpu) == (2, True)
+
+
 def test_one_process_trains_without_a_launcher(monkeypatch):
     trained = []
     monkeypatch.setattr(train, "train", lambda *args: trained.append(args))

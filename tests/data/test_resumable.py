@@ -6,6 +6,7 @@ import sys
 import pytest
 from datasets import Dataset
 
+from trl_dro.data.processes import Processes
 from trl_dro.data.resumable import complete_rows, fingerprint
 
 
@@ -94,3 +95,34 @@ def test_numbers_that_json_does_not_have_are_refused_with_their_row(number, tmp_
     with pytest.raises(ValueError, match=r"row 0 \(id 'q7'\) gave a number that is not finite"):
         complete_rows(path, 1, {}, lambda left: [(left, [{"id": "q7", "probabilities": [number]}])], "Asking")
     assert not path.exists() and (tmp_path / "rows.partial.jsonl").read_text() == ""
+
+
+def test_what_earlier_processes_left_is_kept_however_many_they_were(tmp_path):
+    path, asked = tmp_path / "rows.jsonl", []
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    for rank, text in (("", '{"row": 2, "square": 4}\n'), ("-1", '{"row": 0, "square": 0}\n{"ro'), ("-12", "")):
+        (tmp_path / f"rows.partial{rank}.jsonl").write_text(text)
+    with pytest.raises(KeyboardInterrupt):
+        complete_rows(path, 5, {"a": 1}, squares(asked, stop_at=3), "Squaring")
+    assert asked == [1, 3]
+    # One file from then on, as one process writes it.
+    assert [each.name for each in tmp_path.glob("*.partial*")] == ["rows.partial.jsonl"]
+    rows = complete_rows(path, 5, {"a": 1}, squares(asked), "Squaring")
+    assert rows == [{"row": row, "square": row * row} for row in range(5)] and asked == [1, 3, 3, 4]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", "rows.jsonl", "settings.json"]
+
+
+def test_results_that_are_there_are_not_replaced_when_a_batch_is_done_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "rows.partial.jsonl").write_text('{"row": 1, "square": "kept"}\n')
+    rows = complete_rows(path, 2, {}, lambda left: [([0, 1], [{"square": 0}, {"square": "new"}])], "Squaring")
+    assert rows == [{"row": 0, "square": 0}, {"row": 1, "square": "kept"}]
+
+
+def test_processes_that_do_not_see_one_folder_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Processes, "share", lambda self, make: make())
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    work = squares([])
+    with pytest.raises(ValueError, match="3 of 5 results are not in .*, the first of row 2: all processes must write"):
+        complete_rows(tmp_path / "rows.jsonl", 5, {}, lambda left: work(left[:2]), "Squaring", (), Processes(0, 2))

@@ -9,7 +9,9 @@ from trl import TrlParser
 from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.commands.evaluate import EvaluationArguments, evaluate
 from trl_dro.data import DatasetError
+from trl_dro.data.processes import ALONE, Processes
 from trl_dro.evaluation import evaluation
+from trl_dro.evaluation.evaluation import batches
 from trl_dro.evaluation.evaluation import evaluate as run
 
 from ..test_faults import make_trainer
@@ -122,6 +124,21 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(trained, tmp_path, m
     resumed = run(load(folder), dataset, tmp_path / "halves", tokens_per_batch=300)
     assert len(asked) == len(dataset) - kept
     assert without_time(resumed) == without_time(whole)
+
+
+def test_batches_are_the_same_whoever_does_them_and_whatever_is_left(trained):
+    folder, dataset, _ = trained
+    pipe = load(folder)()
+
+    def rows(left=range(12), processes=ALONE):
+        return [rows for rows, _ in batches(pipe, dataset, left, 500, processes)]
+
+    whole = rows()
+    assert sorted(sum(whole, [])) == list(range(12)) and 2 < len(whole) < 12
+    assert [rows(processes=Processes(rank, 2)) for rank in range(2)] == [whole[0::2], whole[1::2]]
+    assert rows(left=[whole[0][0], whole[-1][-1]]) == [whole[0], whole[-1]]
+    # Of what is left each process gets its share.
+    assert rows(left=whole[0] + whole[2], processes=Processes(1, 2)) == [whole[2]]
 
 
 def test_a_finished_evaluation_loads_no_model(trained, tmp_path):

@@ -76,6 +76,14 @@ def test_prompts_show_what_the_role_is_shown(pipe, role):
     assert set(dataset.column_names) == {"question", "answers", "documents", "prompt"}
 
 
+def test_a_selector_that_writes_nothing_has_no_prompts(tmp_path):
+    make_trainer(tmp_path, selector_form="query_likelihood").save_model()
+    pipe = RAGPipeline.from_pretrained(tmp_path, options=LoadOptions(device="cpu"))
+    with pytest.raises(ValueError, match="scores documents .* train it with DROTrainer"):
+        prompt_dataset(make_dataset(3), pipe)
+    assert len(prompt_dataset(make_dataset(3), pipe, "generator")) == 3
+
+
 @pytest.mark.parametrize("config, trainer", [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)])
 def test_trls_own_trainers_train_a_selector_with_it(pipe, tmp_path, config, trainer):
     tokenizer = pipe.rag.tokenizers["selector"]

@@ -8,8 +8,9 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from trl_dro.model.codec import PermutationCodec
+from trl_dro.model.likelihood import chunk_rows
 from trl_dro.model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
-from trl_dro.model.rag_model import RAGModel, chunk_rows
+from trl_dro.model.rag_model import RAGModel
 from trl_dro.model.roles import ROLES, Roles, prepare_role_model
 
 from ..tiny_models import bpe_tokenizer, tiny_llama

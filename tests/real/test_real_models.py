@@ -19,7 +19,7 @@ from trl_dro.commands.cli import main
 from trl_dro.model.codec import PermutationCodec
 from trl_dro.model.likelihood import completion_logits, completion_logps
 from trl_dro.model.permutation import permutation_logps
-from trl_dro.model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, answer_ids
+from trl_dro.model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PassagePrompts, PromptBuilder, answer_ids
 from trl_dro.model.roles import ROLES
 
 
@@ -198,6 +198,25 @@ def test_answers_behind_a_shared_prefix_equal_separate_rows(trainer, long, monke
     # Together, however cheap it would be to take them apart.
     monkeypatch.setattr(rag, "_forward_flops", lambda role, lengths: len(lengths))
     assert_alike(rag.answer_logps([question], [["Paris"]], permutations)[0], expected, trainer, "generator")
+
+
+def test_untrained_bases_select_by_the_likelihood_of_the_question(trainer):
+    """Without any training, and as the plain likelihoods of the definition have it, gradients included."""
+    rag, questions = copy.copy(trainer.rag), first_four(3)
+    tokenizer = rag.tokenizers["selector"]
+    rag.prompts = rag.prompts | {"selector": PassagePrompts(tokenizer)}
+    rag.codec = PermutationCodec(None, 4, 1)
+    with torch.no_grad():
+        greedy = rag.sample(questions, 1, greedy=True).permutations.flatten().tolist()
+        order = [questions[i]["documents"][place - 1]["id"] for i, place in enumerate(greedy)]
+    assert order == [country for country, _ in CAPITALS]
+    rows = rag.prompts["selector"].rows(questions[0]["question"], questions[0]["documents"])
+    assert all(tokenizer.decode(p + q, skip_special_tokens=True).endswith(" of France") for p, q in rows)
+    logps = completion_logps(separate(trainer, "selector", *zip(*rows, strict=True)))
+    kept = rag.permutation_logps(
+        questions[:1], torch.tensor([[[1], [2], [3], [4]]]), wrapped=lambda **x: rag.roles.model(**x)
+    )
+    assert_alike(kept[0], (rag.query_likelihood_scale * logps).log_softmax(-1), trainer, "selector")
 
 
 def test_a_run_of_two_updates_is_asked_loaded_by_peft_and_merged(folder, tmp_path, monkeypatch):

@@ -58,6 +58,16 @@ IMPOSSIBLE = [
     ({"document_cost": -0.1}, "document_cost=-0.1: it must be a finite number of at least 0"),
     ({"retriever_prior": -0.5}, "retriever_prior=-0.5: it must be a finite number of at least 0"),
     ({"retriever_prior": math.inf}, "retriever_prior=inf: it must be a finite number"),
+    ({"query_likelihood_scale": -0.1}, "query_likelihood_scale=-0.1: it must be a finite number of at least 0"),
+    ({"selector_form": "list"}, "selector_form='list': choose one of permutation, query_likelihood"),
+    (
+        {
+            "selector_form": "query_likelihood",
+            "selector_likelihood": "full_vocabulary",
+            "selector_estimator": "rws",
+        },
+        "set selector_likelihood='constrained'",
+    ),
     ({"retriever_prior_from": "order"}, "retriever_prior_from='order': choose one of rank, score"),
     (
         {"retriever_prior": 1.0, "selector_likelihood": "full_vocabulary", "selector_estimator": "rws"},

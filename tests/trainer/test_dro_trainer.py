@@ -619,6 +619,68 @@ def test_a_selector_that_may_end_trains_is_evaluated_and_saved(make_trainer):
     assert "".join(pipe.stream(records[0]["question"], records[0]["documents"]).pieces).strip() == outputs[0].answer
 
 
+BY_LIKELIHOOD = {"selector_form": "query_likelihood", "query_likelihood_scale": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"steps_per_estimation": 2}])
+def test_gradient_of_a_selector_of_query_likelihoods_matches_enumeration(make_trainer, tokenizer, settings):
+    """Though nothing of its E-step is kept: what the loss needs is computed again in the backward."""
+    settings = ONE_QUESTION | BY_LIKELIHOOD | {"sampling": "distinct", "num_permutations": 12} | settings
+    trainer = make_trainer(make_dataset(1), tiny_llama(tokenizer).double(), **settings)
+    exact = exact_gradients(trainer, trainer.train_dataset[0])
+    assert exact["selector"].norm() > 0
+    run_step(trainer)
+    errors = {role: relative_error(gradients(trainer, role), exact[role]) for role in ROLES}
+    print(errors)
+    assert max(errors.values()) < 3e-6
+
+
+def test_negligible_weight_leaves_out_documents_of_a_selector_of_query_likelihoods(make_trainer, monkeypatch):
+    settings = ONE_QUESTION | BY_LIKELIHOOD | {"sampling": "distinct", "num_permutations": 12}
+    norms, rows = [], []
+    for negligible in (0.0, 0.3):
+        trainer = make_trainer(make_dataset(1), **settings | {"negligible_weight": negligible})
+        forward, seen = trainer.roles.forward, []
+
+        def counting(role, wrapped=None, forward=forward, seen=seen, **inputs):
+            if role == "selector" and torch.is_grad_enabled():
+                seen.append(len(inputs["input_ids"]))
+            return forward(role, wrapped, **inputs)
+
+        monkeypatch.setattr(trainer.roles, "forward", counting)
+        run_step(trainer)
+        norms.append(gradients(trainer, "selector"))
+        rows.append(sum(seen))
+    assert rows[0] == 4 and 0 < rows[1] < 4
+    assert 1e-6 < relative_error(norms[1], norms[0]) < 0.6
+
+
+def test_a_selector_of_query_likelihoods_trains_resumes_is_evaluated_and_saved(make_trainer):
+    trainer = make_trainer(eval_dataset=make_dataset(4), save_strategy="steps", save_steps=2, **BY_LIKELIHOOD)
+    before = selector_weights(trainer)
+    trainer.train()
+    assert not torch.equal(before, selector_weights(trainer))
+    resumed = make_trainer(eval_dataset=make_dataset(4), **BY_LIKELIHOOD)
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    assert torch.equal(selector_weights(resumed), selector_weights(trainer))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    pipe = RAGPipeline.from_pretrained(trainer.args.output_dir, options=LoadOptions(device="cpu"))
+    assert (pipe.config.selector_form, pipe.config.query_likelihood_scale) == ("query_likelihood", 0.5)
+    records = make_dataset(4).to_list()
+    outputs = pipe([r["question"] for r in records], documents=[r["documents"] for r in records])
+    with trainer._inference():
+        chosen = trainer.rag.sample(records, 1, greedy=True).permutations[:, 0].tolist()
+    assert [[d.position for d in output.documents] for output in outputs] == chosen
+    assert all(0 < d.probability <= 1 for output in outputs for d in output.documents)
+    assert len(pipe(records[0]["question"], documents=records[0]["documents"][:1]).documents) == 1
+    assert 0 <= metrics["eval_recall@2"] <= 1 and math.isfinite(metrics["eval_iwae_bound"])
+
+
+def selector_weights(trainer):
+    return torch.cat([p.detach().flatten().clone() for _, p in trainer.roles.named_parameters("selector")])
+
+
 def test_training_and_evaluation_with_distinct_permutations(make_trainer):
     """Two candidates have two permutations, of which four samples are drawn."""
     trainer = make_trainer(make_dataset(8, 2), eval_dataset=make_dataset(3), sampling="distinct")

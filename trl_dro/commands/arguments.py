@@ -93,6 +93,10 @@ class LaunchArguments:
         if self.accelerate_config is not None and not os.path.isfile(self.accelerate_config):
             raise ValueError(f"--accelerate_config {self.accelerate_config}: there is no such file; check the path")
 
+    def stays(self) -> bool:
+        """Whether the command runs in the process that was called, be there several GPUs."""
+        return False
+
 
 @dataclass(kw_only=True)
 class LoadArguments:
@@ -157,9 +161,9 @@ class LoadArguments:
 
 
 @dataclass(kw_only=True)
-class QuestionArguments(LoadArguments):
+class QuestionArguments(LoadArguments, LaunchArguments):
     """
-    Questions that a system is asked, see also [`LoadArguments`].
+    Questions that a system is asked, see also [`LoadArguments`] and [`LaunchArguments`].
 
     Args:
         questions (`str`, *optional*):
@@ -202,7 +206,14 @@ class QuestionArguments(LoadArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)
+        if self.num_processes is not None and self.num_processes > 1 and ":" in (self.device or ""):
+            raise ValueError(f"--device {self.device} is one device, for which processes would queue: leave it out")
+
+    def stays(self) -> bool:
+        """A device that is named is that of one process, unless more are asked for."""
+        return self.device is not None and self.num_processes is None and self.accelerate_config is None
 
 
 class Parser(TrlParser):

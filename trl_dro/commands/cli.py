@@ -54,7 +54,7 @@ UNFORESEEN = "ended by an error that is not foreseen,"
 
 
 def main() -> None:
-    """Entry point of `trl-dro`. Commands that train are started in a process for each GPU where there are several."""
+    """Entry point of `trl-dro`. Those with models are started in a process for each GPU where there are several."""
     run(sys.argv[1:], may_launch=True)
 
 
@@ -165,11 +165,11 @@ def command_module(name: str) -> ModuleType:
     return import_module(f"trl_dro.commands.{name}")
 
 
-def launches(args: Any) -> bool:
+def launches(args: LaunchArguments) -> bool:
     """Whether a command is to run in processes of their own."""
     import torch
 
-    if args.dry_run:
+    if args.stays():
         return False
     return args.accelerate_config is not None or (args.num_processes or torch.cuda.device_count()) > 1
 

@@ -5,24 +5,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ..data import load_records, read_questions
+from ..data import read_questions
+from ..data.processes import Processes
 from ..data.resumable import SKIPPED_FILE, write_json
-from ..data.schema import REQUIRED_COLUMNS, BadRow, DatasetError, check_record, check_types, require_columns
+from ..data.schema import REQUIRED_COLUMNS, DatasetError, check_record, check_types, require_columns
 from ..data.storage import content_key
 from ..evaluation import evaluation
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..evaluation.scoring import Selection
 from ..evaluation.summary import load_baseline, print_report, summarize
-from ..retrieval import retrieve_candidates
-from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments, check_range
+from .asking import NOT_COMPARED, find_candidates, load_questions
 
 
 # Arguments that do not change the result of a question.
-_NOT_COMPARED = ("output_dir", "baseline", "tokens_per_batch", "device", "ranking_measures", "on_error")
+_NOT_COMPARED = (*NOT_COMPARED, "baseline", "ranking_measures")
 
 
 @dataclass(kw_only=True)
@@ -107,7 +107,6 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     """
     selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
     sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
-    options = args.load_options()
     # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so beside
     # the generator's own.
     system: dict[str, Any] = {
@@ -115,60 +114,60 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         "selector": (args.selector or (args.model if args.generator else None)) if selection == "selector" else None,
         "revision": args.revision,
         "base_model": args.base_model,
-        "options": options,
+        "options": args.load_options(),
         **{name: value for name, value in sizes.items() if value is not None},
     }
-    found = find_system(**system)
-    questions = _load_questions(args, found.config.max_candidates)
-    questions.check(
-        [name for name in (*REQUIRED_COLUMNS, "positive_ids") if name in questions.dataset.column_names],
-        lambda record, where: check_record(record, where, found.config.num_selected),
-    )
-    questions.check_lengths(found, options)
-    questions.settle(args.on_error)
-    dataset = questions.dataset
-    if args.ranking_measures and "positive_ids" not in dataset.column_names:
-        raise DatasetError("--ranking_measures need a column positive_ids, which the dataset has not: leave them out")
-
-    asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    selector = (args.selector or args.model) if selection == "selector" else None
-    asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
-    if questions.skipped:
-        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
+    # Questions are read, retrieved and checked once, also where several processes answer them.
+    processes = Processes.of_launcher()
+    questions, asked = processes.share(lambda: _questions_and_settings(args, system, selection))
     rows = evaluation.evaluate(
         lambda: RAGPipeline.from_pretrained(**system),
-        dataset,
+        questions.dataset,
         args.output_dir,
         selection,
         args.context_reliance,
         args.tokens_per_batch,
         asked,
         questions.skipped,
+        processes,
     )
+    return processes.share(lambda: _sum_up(args, rows, asked, len(questions.skipped)))
+
+
+def _questions_and_settings(
+    args: EvaluationArguments, system: dict[str, Any], selection: Selection
+) -> tuple[Questions, dict[str, Any]]:
+    """Questions that can be asked, and what tells this evaluation of them from others."""
+    found = find_system(**system)
+    questions = load_questions(args, read_questions)
+    find_candidates(args, questions, found.config.max_candidates)
+    require_columns(questions.dataset, REQUIRED_COLUMNS, questions.name)
+    check_types(questions.dataset.features, questions.name)
+    questions.check(
+        [name for name in (*REQUIRED_COLUMNS, "positive_ids") if name in questions.dataset.column_names],
+        lambda record, where: check_record(record, where, found.config.num_selected),
+    )
+    questions.check_lengths(found, system["options"])
+    questions.settle(args.on_error)
+    if args.ranking_measures and "positive_ids" not in questions.dataset.column_names:
+        raise DatasetError("--ranking_measures need a column positive_ids, which the dataset has not: leave them out")
+    asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
+    selector = (args.selector or args.model) if selection == "selector" else None
+    asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
+    if questions.skipped:
+        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
+    return questions, asked
+
+
+def _sum_up(
+    args: EvaluationArguments, rows: list[dict[str, Any]], asked: dict[str, Any], num_skipped: int
+) -> dict[str, Any]:
+    """Prints the table and writes `summary.json`."""
     baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
-    summary = {**summarize(rows, baseline, args.ranking_measures), "num_skipped": len(questions.skipped)}
+    summary = {**summarize(rows, baseline, args.ranking_measures), "num_skipped": num_skipped}
     write_json(Path(args.output_dir) / SUMMARY_FILE, {**summary, "settings": asked, "baseline": args.baseline})
     print_report(summary, args.baseline)
     print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
-    if questions.skipped:
-        print(f"{len(questions.skipped):,} rows were skipped: {args.output_dir}/{SKIPPED_FILE} says why.")
+    if num_skipped:
+        print(f"{num_skipped:,} rows were skipped: {args.output_dir}/{SKIPPED_FILE} says why.")
     return summary
-
-
-def _load_questions(args: EvaluationArguments, max_candidates: int) -> Questions:
-    bad_rows: list[BadRow] = []
-    if args.dataset_name is not None:
-        name = args.dataset_name
-        questions = Questions(load_records(name, args.dataset_split, bad_rows), bad_rows, name)
-    else:
-        name = cast(str, args.questions)
-        questions = Questions(read_questions(name, bad_rows), bad_rows, name)
-    if args.max_questions is not None:
-        questions.keep_first(args.max_questions)
-    questions.settle(args.on_error)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
-    if retriever is not None:
-        questions.dataset = retrieve_candidates(questions.dataset, retriever, max_candidates)
-    require_columns(questions.dataset, REQUIRED_COLUMNS, name)
-    check_types(questions.dataset.features, name)
-    return questions

@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DatasetError, load_records, read_open_questions
+from ..data import DatasetError, read_open_questions
+from ..data.processes import Processes
 from ..data.resumable import SKIPPED_FILE, complete_rows, fingerprint
-from ..data.schema import BadRow, check_documents, check_question
+from ..data.schema import check_documents, check_question
 from ..data.storage import content_key
 from ..evaluation.evaluation import batches
-from ..retrieval import retrieve_candidates
-from ..retrieval.services import retriever_of
 from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
-from ..system.run_folder import find_system, system_stamp
+from ..system.run_folder import LoadOptions, find_system, system_stamp
 from .arguments import QuestionArguments
+from .asking import NOT_COMPARED, find_candidates, load_questions
 
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -70,66 +70,62 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
         `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
         `ValueError`: the system cannot be found, or `output_dir` holds other answers.
     """
-    questions = _load_questions(args)
     sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
     options = args.load_options()
-    system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
-    if retriever is not None:
-        questions.dataset = retrieve_candidates(questions.dataset, retriever, system.config.max_candidates)
-    questions.check_lengths(system, options)
-    questions.settle(args.on_error)
+    # Questions are read, retrieved and checked once, also where several processes answer them.
+    processes = Processes.of_launcher()
+    questions, asked = processes.share(lambda: _questions_and_settings(args, options, sizes))
     dataset = questions.dataset
 
     def work(left: list[int]) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
         pipe = RAGPipeline.from_pretrained(
             str(args.model), args.selector, None, args.revision, args.base_model, options, **sizes
         )
-        for rows, records in batches(pipe, dataset, left, args.tokens_per_batch):
+        for rows, records in batches(pipe, dataset, left, args.tokens_per_batch, processes):
             asked_now, documents = ([record[name] for record in records] for name in ("question", "documents"))
             outputs = pipe(asked_now, documents, batch_size=len(rows))
             yield rows, [_line(record, output) for record, output in zip(records, outputs, strict=True)]
 
-    asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
-    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
-    asked["dataset_sha256"] = fingerprint(dataset, ("question", "documents"))
-    if questions.skipped:
-        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
     path = Path(args.output_dir) / PREDICTIONS_FILE
-    predictions = complete_rows(path, len(dataset), asked, work, "Answering", questions.skipped)
-    print(f"{len(predictions):,} answers are in {path}")
-    if questions.skipped:
+    predictions = complete_rows(path, len(dataset), asked, work, "Answering", questions.skipped, processes)
+    if processes.is_main:
+        print(f"{len(predictions):,} answers are in {path}")
+    if questions.skipped and processes.is_main:
         print(f"{len(questions.skipped):,} rows were skipped: {path.with_name(SKIPPED_FILE)} says why")
     return predictions
 
 
-# What does not change an answer.
-_NOT_COMPARED = ("output_dir", "tokens_per_batch", "device", "on_error")
-
-
-def _load_questions(args: PredictArguments) -> Questions:
-    bad_rows: list[BadRow] = []
-    if args.dataset_name is not None:
-        dataset, name = load_records(args.dataset_name, args.dataset_split, bad_rows), args.dataset_name
-    else:
-        dataset, name = read_open_questions(str(args.questions), bad_rows), str(args.questions)
-    questions = Questions(dataset, bad_rows, name)
-    if args.max_questions is not None:
-        questions.keep_first(args.max_questions)
+def _questions_and_settings(
+    args: PredictArguments, options: LoadOptions, sizes: dict[str, int]
+) -> tuple[Questions, dict[str, Any]]:
+    """Questions that can be asked, and what tells their answers from others."""
+    questions = load_questions(args, read_open_questions)
+    if (args.corpus or args.retriever) is None:
+        _check_documents(questions, args.questions is not None)
+    system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
+    find_candidates(args, questions, system.config.max_candidates)
+    questions.check_lengths(system, options)
     questions.settle(args.on_error)
-    if (args.corpus or args.retriever) is not None:
-        return questions
+    asked = {name: value for name, value in asdict(args).items() if name not in NOT_COMPARED}
+    asked |= system_stamp(args.selector or args.model, str(args.model), args.base_model)
+    asked["dataset_sha256"] = fingerprint(questions.dataset, ("question", "documents"))
+    if questions.skipped:
+        asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
+    return questions, asked
+
+
+def _check_documents(questions: Questions, may_retrieve: bool) -> None:
+    """Leaves out questions without documents of their own."""
     for column in ("question", "documents"):
-        if column not in dataset.column_names:
-            hint = "; pass --corpus or --retriever to find them" if column == "documents" and args.questions else ""
-            raise DatasetError(f"{name} has no {column}{hint}")
+        if column not in questions.dataset.column_names:
+            hint = "; pass --corpus or --retriever to find them" if column == "documents" and may_retrieve else ""
+            raise DatasetError(f"{questions.name} has no {column}{hint}")
 
     def check(record: dict[str, Any], where: str) -> None:
         check_question(record["question"], where)
         check_documents(record["documents"], where, num_selected=1)
 
     questions.check(["question", "documents"], check)
-    return questions
 
 
 def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class TrainArguments(LaunchArguments):
         metadata={"help": "Check data and settings, print lengths, memory and work of the run, and load no weights."},
     )
 
+    def stays(self) -> bool:
+        return self.dry_run
+
     def __post_init__(self):
         super().__post_init__()
         if (self.selector_adapter is None) != (self.generator_adapter is None):

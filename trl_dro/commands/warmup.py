@@ -111,6 +111,9 @@ class WarmUpArguments(LaunchArguments):
         default=False, metadata={"help": "Write the examples, count their tokens, and load no weights."}
     )
 
+    def stays(self) -> bool:
+        return self.dry_run
+
     def __post_init__(self):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)

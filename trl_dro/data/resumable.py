@@ -1,9 +1,11 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""A file of one line per question that grows batch by batch: a killed command goes on where it stopped."""
+"""A file of one line per question that grows batch by batch, written by one process or by several: a killed command
+goes on where it stopped."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .lines import parse_json, read_json_object
+from .processes import ALONE, Processes
 from .schema import BadRow
 from .storage import alone_in, content_key, different, write_whole
 
@@ -28,68 +31,130 @@ def complete_rows(
     work: Callable[[list[int]], Iterable[tuple[list[int], list[Row]]]],
     description: str,
     skipped: Sequence[BadRow] = (),
+    processes: Processes = ALONE,
     unit: str = "question",
 ) -> list[Row]:
     """
     The lines of a file, one for each of `num_rows` questions in their order. Those that an earlier call left are kept,
-    the others are made and written as they come, to a file beside it until all are there.
+    the others are made and written as they come, to a file beside it until all are there. Of several processes each
+    writes a file of its own, whose lines the main one puts into the one file, now or when they are resumed, by however
+    many.
 
     Args:
         path (`Path`):
-            File, jsonl. Its folder also gets `settings.json`.
+            File, jsonl. Its folder, which all processes must see, also gets `settings.json`.
         num_rows (`int`):
             Questions.
         settings (`dict`):
             What tells this result from others; a folder that was begun with other settings is refused.
         work (`Callable`):
             Takes the places of the questions that are left, from 0, at least one, and yields batches of places with
-            their results.
+            their results: all that are left, or those that this process is to do. Results that are there already are
+            not written again.
         description (`str`):
             Of the progress bar.
         skipped (`list[BadRow]`, *optional*):
             Rows of the source that are left out, listed in `skipped.jsonl`; the questions are the others.
+        processes ([`~processes.Processes`], *optional*):
+            Those that call this function together.
         unit (`str`, *optional*, defaults to `"question"`):
             Of the progress bar.
 
     Returns:
-        `list[dict]`: the results, each with its `row`, the number in the source.
+        `list[dict]`: the results, each with its `row`, the number in the source; in every process all.
 
     Raises:
-        `ValueError`: the folder holds results of other settings, or another process writes to it.
+        `ValueError`: the folder holds results of other settings, or another command writes to it, or not all processes
+            see it.
     """
-    partial_path = path.with_suffix(f".partial{path.suffix}")
-    settings = json.loads(json.dumps(settings))
     numbers = row_numbers(num_rows, skipped)
-    with alone_in(path.parent):
-        results = _whole_lines(path, cut=False) if path.is_file() else _whole_lines(partial_path)
-        begun = _is_begun(path.parent, results, settings)
-        if path.is_file() and sorted(row["row"] for row in results) != numbers:
-            raise ValueError(
-                f"{path} is damaged: it has {len(results)} of {num_rows} results; delete that folder, or name another "
-                "output_dir"
-            )
-        _write_skipped(path.parent / SKIPPED_FILE, skipped)
-        done = {row["row"]: row for row in results}
+    with alone_in(path.parent) if processes.is_main else nullcontext():
+        done = processes.share(lambda: _begin(path, numbers, json.loads(json.dumps(settings)), skipped))
         left = [place for place, row in enumerate(numbers) if row not in done]
         if left:
-            with (
-                open(partial_path, "a", encoding="utf-8") as file,
-                tqdm(total=num_rows, initial=len(done), desc=description, unit=unit) as progress,
-            ):
-                for places, batch in work(left):
-                    if not begun:  # not before there is a result: an attempt that failed claims nothing
-                        write_json(path.parent / SETTINGS_FILE, settings)
-                        begun = True
-                    for place, result in zip(places, batch, strict=True):
-                        row = numbers[place]
-                        done[row] = {"row": row, **result}
-                        file.write(_line(done[row]))
-                    file.flush()
-                    progress.update(len(places))
-        results = [done[row] for row in numbers]
-        if not path.is_file():
-            write_whole(path, "".join(map(_line, results)))
-        partial_path.unlink(missing_ok=True)
+            with tqdm(
+                total=num_rows, initial=len(done), desc=description, unit=unit, disable=not processes.is_main
+            ) as progress:
+                _append(path, processes, numbers, done, work(left), progress)
+                processes.wait()
+                progress.update(num_rows - progress.n)
+        return processes.share(lambda: _finish(path, numbers))
+
+
+def _part(path: Path, rank: int) -> Path:
+    """File of the lines of one process until all are there."""
+    return path.with_suffix(f".partial{f'-{rank}' if rank else ''}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """Such files of all processes, of this call and of earlier ones."""
+    return [_part(path, 0), *sorted(path.parent.glob(f"{path.stem}.partial-*{path.suffix}"))]
+
+
+def _begin(path: Path, numbers: list[int], settings: dict[str, Any], skipped: Sequence[BadRow]) -> set[int]:
+    """Rows that earlier calls left, in one file from now on."""
+    if path.is_file():
+        results = _whole_lines(path, cut=False)
+    else:
+        first, *others = _parts(path)
+        results = [row for part in (first, *others) for row in _whole_lines(part)]
+        if others:
+            write_whole(first, "".join(map(_line, results)))
+            for part in others:
+                part.unlink()
+    begun = _is_begun(path.parent, results, settings)
+    if path.is_file() and sorted(row["row"] for row in results) != numbers:
+        raise ValueError(
+            f"{path} is damaged: it has {len(results)} of {len(numbers)} results; delete that folder, or name another "
+            "output_dir"
+        )
+    _write_skipped(path.parent / SKIPPED_FILE, skipped)
+    if not begun:  # which claims nothing before there is a result
+        write_json(path.parent / SETTINGS_FILE, settings)
+    return {row["row"] for row in results}
+
+
+def _append(
+    path: Path,
+    processes: Processes,
+    numbers: list[int],
+    done: set[int],
+    batches: Iterable[tuple[list[int], list[Row]]],
+    progress: tqdm,
+) -> None:
+    """Writes results as they come, and shows how many all processes have."""
+    own = _part(path, processes.rank)
+    read = {_part(path, rank): 0 for rank in range(processes.count) if rank != processes.rank}  # bytes
+    with open(own, "a", encoding="utf-8") as file:
+        for places, results in batches:
+            rows = [{"row": numbers[place], **result} for place, result in zip(places, results, strict=True)]
+            new = [row for row in rows if row["row"] not in done]
+            file.write("".join(map(_line, new)))
+            file.flush()
+            progress.update(len(new))
+            for part in read if processes.is_main else ():
+                if part.is_file():
+                    with open(part, "rb") as other:
+                        other.seek(read[part])
+                        content = other.read()
+                    read[part] += len(content)
+                    progress.update(content.count(b"\n"))
+
+
+def _finish(path: Path, numbers: list[int]) -> list[Row]:
+    """Results in the order of the questions, in the file."""
+    parts = [path] if path.is_file() else _parts(path)
+    done = {row["row"]: row for part in parts for row in _whole_lines(part)}
+    if missing := [row for row in numbers if row not in done]:
+        raise ValueError(
+            f"{len(missing)} of {len(numbers)} results are not in {path.parent}, the first of row {missing[0]}: all "
+            "processes must write to one folder, name one as output_dir that every machine sees"
+        )
+    results = [done[row] for row in numbers]
+    if not path.is_file():
+        write_whole(path, "".join(map(_line, results)))
+    for part in _parts(path):
+        part.unlink(missing_ok=True)
     return results
 
 

@@ -10,10 +10,12 @@ import torch
 from datasets import Dataset
 
 from ..data import validate_dataset
+from ..data.processes import ALONE, Processes
 from ..data.resumable import complete_rows, fingerprint
 from ..data.schema import BadRow
+from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
-from ..model.rag_model import RAGModel, chunk_rows
+from ..model.rag_model import RAGModel
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
 from .scoring import Selection, score_question, select
@@ -34,6 +36,7 @@ def evaluate(
     tokens_per_batch: int = 16384,
     settings: dict[str, Any] | None = None,
     skipped: Sequence[BadRow] = (),
+    processes: Processes = ALONE,
 ) -> list[Scored]:
     """
     Answers and scores every question of a dataset, one line of `questions.jsonl` each.
@@ -55,6 +58,8 @@ def evaluate(
             What tells this evaluation from others; a folder that was begun with other settings is refused.
         skipped (`list[BadRow]`, *optional*):
             Rows of the source that `dataset` leaves out, listed in `skipped.jsonl`.
+        processes ([`~processes.Processes`], *optional*):
+            Those that call this function together: batches are dealt out to them.
 
     Returns:
         `list[dict]`: one dict per question in the order of the dataset, as in the file.
@@ -69,27 +74,61 @@ def evaluate(
     def work(left: list[int]) -> Iterator[tuple[list[int], list[Scored]]]:
         pipe = load()
         validate_dataset(dataset, pipe.config.num_selected, "dataset")
-        for rows, records in batches(pipe, dataset, left, tokens_per_batch):
+        for rows, records in batches(pipe, dataset, left, tokens_per_batch, processes):
             yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, records)
 
     own = {"selection": selection, "dataset_sha256": asked, **(settings or {})}
-    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating", skipped)
+    return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating", skipped, processes)
 
 
 def batches(
-    pipe: RAGPipeline, dataset: Dataset, rows: Sequence[int], tokens_per_batch: int
+    pipe: RAGPipeline,
+    dataset: Dataset,
+    left: Sequence[int],
+    tokens_per_batch: int,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    """Rows and their records in batches of similar length, the longest first: too little memory shows at once."""
-    rows = sorted(rows, key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"]))
+    """
+    Rows and their records in batches of similar length, the longest first: too little memory shows at once.
+
+    Which rows stand in one batch changes the last digits of what is computed for them. So batches are the same however
+    many processes share them, and whatever an earlier call left of them: one of which a row is left is done again.
+
+    Args:
+        pipe ([`RAGPipeline`]):
+            Whose prompts are counted.
+        dataset (`Dataset`):
+            Questions with their documents.
+        left (`list[int]`):
+            Rows to do; batches without any are left out.
+        tokens_per_batch (`int`):
+            Prompt tokens of a batch.
+        processes ([`~processes.Processes`], *optional*):
+            Those that the batches are dealt out to; this one gets its own.
+
+    Returns:
+        `Iterator[tuple[list[int], list[dict]]]`: batches of rows and their records.
+    """
+    wanted = set(left)
+    rows = sorted(
+        range(len(dataset)), key=lambda row: -sum(len(document["text"]) for document in dataset[row]["documents"])
+    )
+    number = 0
     for start in range(0, len(rows), 256):
-        block = list(rows[start : start + 256])
+        block = rows[start : start + 256]
+        if wanted.isdisjoint(block):
+            continue
         records = [
             {**record, "documents": record["documents"][: pipe.config.max_candidates]}
             for record in (dataset[row] for row in block)
         ]
         lengths = [len(pipe.rag.prompts["selector"](record["question"], record["documents"])) for record in records]
         for chunk in chunk_rows(lengths, tokens_per_batch):
-            yield [block[i] for i in chunk], [records[i] for i in chunk]
+            if wanted.isdisjoint(block[i] for i in chunk):
+                continue
+            if number % processes.count == processes.rank:
+                yield [block[i] for i in chunk], [records[i] for i in chunk]
+            number += 1
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..data.schema import validate_dataset
 from ..model.codec import parse_permutation
+from ..model.prompts import PassagePrompts
 from ..model.rag_model import RAGModel
 from ..model.roles import Role
 from ..system.pipeline import RAGPipeline
@@ -134,9 +135,15 @@ def prompt_dataset(dataset: Dataset, pipe: RAGPipeline, role: Role = "selector")
 
     Raises:
         `DatasetError`: the dataset is malformed.
+        `ValueError`: the selector scores documents and writes nothing.
     """
     validate_dataset(dataset, pipe.config.num_selected, "dataset")
     builder = pipe.rag.prompts[role]
+    if isinstance(builder, PassagePrompts):
+        raise ValueError(
+            "this selector scores documents (selector_form='query_likelihood') and writes no permutation that a "
+            "reward could be given for: train it with DROTrainer, or take one with selector_form='permutation'"
+        )
     shown = pipe.config.max_candidates if role == "selector" else pipe.config.num_selected
 
     def add_prompt(record: dict[str, Any]) -> dict[str, Any]:

@@ -52,8 +52,9 @@ class PermutationCodec:
     tokenising the whole string could merge `] >`.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with an end-of-sequence token.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer with an end-of-sequence token. Without one each id is a token of its own and 0 is the end, as
+            [`~query_likelihood.ScoredDocuments`] has them.
         max_documents (`int`):
             Highest id that can be written, from 1.
         num_selected (`int`):
@@ -68,7 +69,7 @@ class PermutationCodec:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         max_documents: int,
         num_selected: int,
         min_selected: int | None = None,
@@ -83,12 +84,13 @@ class PermutationCodec:
         if not 0 <= self.min_selected <= num_selected:
             raise ValueError(f"min_selected={min_selected} must lie between 0 and num_selected, {num_selected}")
 
-        def encode(segment: str) -> tuple[int, ...]:
-            return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
-
-        self.separator = encode(" > ")
-        self.end = (end_token_id(tokenizer),)
-        self.id_tokens = {i: encode(f"[{i}]") for i in range(1, max_documents + 1)}
+        self.separator: tuple[int, ...] = ()
+        self.end: tuple[int, ...] = (0,)
+        self.id_tokens: dict[int, tuple[int, ...]] = {i: (i,) for i in range(1, max_documents + 1)}
+        if tokenizer is not None:
+            self.separator = _encode(tokenizer, " > ")
+            self.end = (end_token_id(tokenizer),)
+            self.id_tokens = {i: _encode(tokenizer, f"[{i}]") for i in self.id_tokens}
         # For every beginning of an id, the ids that begin so and the token each continues with.
         self.continuations: dict[tuple[int, ...], dict[int, int]] = {}
         for i, tokens in self.id_tokens.items():
@@ -96,7 +98,7 @@ class PermutationCodec:
                 self.continuations.setdefault(tokens[:length], {})[i] = token
         self.id_of_tokens: dict[tuple[int, ...], int] = {}
         for i, tokens in self.id_tokens.items():
-            if tokens in self.id_of_tokens or tokens in self.continuations:
+            if tokenizer is not None and (tokens in self.id_of_tokens or tokens in self.continuations):
                 other = self.id_of_tokens.get(tokens) or next(iter(self.continuations[tokens]))
                 raise ValueError(
                     f"the tokenizer cannot tell document ids [{other}] and [{i}] apart (both begin with "
@@ -303,6 +305,10 @@ class Writer:
             self.remaining.remove(chosen)
             self.permutation.append(chosen)
             self.prefix, self.separator = (), self.codec.separator
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, segment: str) -> tuple[int, ...]:
+    return tuple(tokenizer(segment, add_special_tokens=False).input_ids)
 
 
 def _log_mean_exp(logits: Sequence[float]) -> float:

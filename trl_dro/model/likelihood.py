@@ -190,6 +190,29 @@ def pad_rows(
     return ids.to(device), mask.to(device)
 
 
+def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    """
+    Rows in chunks that, padded to their longest, have at most `max_tokens` tokens; a longer row is alone.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each row.
+        max_tokens (`int`, *optional*):
+            Padded tokens of a chunk; `None` puts all rows in one.
+
+    Returns:
+        `list[list[int]]`: row indices, those of similar length together.
+    """
+    if max_tokens is None:
+        return [list(range(len(lengths)))] if lengths else []
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks
+
+
 def _token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     logits = logits.float()
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .codec import PermutationCodec
-from .prompts import PromptBuilder, Template
+from .prompts import PassagePrompts, PromptBuilder, Prompts, Template
+from .query_likelihood import SelectorForm
 from .roles import ROLES, Role
 
 
@@ -108,7 +109,8 @@ def build_prompts(
     max_prompt_length: int | None = None,
     max_document_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
-) -> dict[Role, PromptBuilder]:
+    selector_form: SelectorForm = "permutation",
+) -> dict[Role, Prompts]:
     """
     Prompt builder of each role, limited to what the model's context leaves beside the completion.
 
@@ -129,25 +131,32 @@ def build_prompts(
             Longest document in tokens.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the tokenizer's chat template.
+        selector_form (`str`, *optional*, defaults to `"permutation"`):
+            `"query_likelihood"` gives the selector [`~prompts.PassagePrompts`].
 
     Returns:
-        `dict[str, PromptBuilder]`
+        `dict[str, PromptBuilder or PassagePrompts]`
 
     Raises:
         `ValueError`: a template is malformed, or `max_prompt_length` does not leave room for the completion.
     """
-    completion_lengths = {"selector": codec.max_length, "generator": max_answer_length + 1}
-    return {
+    scored = selector_form == "query_likelihood"  # a row holds the question, and nothing follows it
+    completion_lengths = {"selector": 0 if scored else codec.max_length, "generator": max_answer_length + 1}
+    limits = {role: _prompt_limit(role, contexts[role], completion_lengths[role], max_prompt_length) for role in ROLES}
+    prompts: dict[Role, Prompts] = {
         role: PromptBuilder(
             tokenizers[role],
             templates[role],
             codec.num_selected,
-            max_length=_prompt_limit(role, contexts[role], completion_lengths[role], max_prompt_length),
+            max_length=limits[role],
             max_document_length=max_document_length,
             chat_template_kwargs=chat_template_kwargs or {},
         )
         for role in ROLES
     }
+    if scored:
+        prompts["selector"] = PassagePrompts(tokenizers["selector"], limits["selector"], max_document_length)
+    return prompts
 
 
 def _prompt_limit(role: str, context: int | None, completion_length: int, max_prompt_length: int | None) -> int | None:

@@ -35,6 +35,9 @@ GENERATOR_TEMPLATE = (
     "Answer:\n"
 )
 
+# A document and a question behind it, in parts that are encoded apart: no token spans two of them.
+BEFORE_DOCUMENT, BEFORE_QUESTION = "Passage:", "\nQuestion:"
+
 # Questions are refused beforehand if their documents would have to be cut below the first. A cut can encode to more
 # tokens than it was cut to, so prompts are refused only below the second.
 MIN_DOCUMENT_TOKENS = 8
@@ -45,6 +48,7 @@ _NUMBER = re.compile(r"\s*\[\s*\d")
 
 Template = str | Callable[..., str | list[dict[str, str]]]
 Question = str | list[dict[str, str]]
+PassageRow = tuple[list[int], list[int]]  # what is read, and the question, whose likelihood is asked for
 
 
 class PromptTooLongError(ValueError):
@@ -208,10 +212,88 @@ class PromptBuilder:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
+class PassagePrompts:
+    """
+    Writes what a selector of query likelihoods reads: a row of its own for each document.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the selector's model. Its chat template is not used: a passage with its question is a text.
+        max_length (`int`, *optional*):
+            Longest row, in tokens. Documents are cut to fit.
+        max_document_length (`int`, *optional*):
+            Longest document (title and text), in tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        max_document_length: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_document_length = max_document_length
+        before = list(tokenizer(BEFORE_DOCUMENT).input_ids)
+        # Some tokenizers close every text with eos.
+        self.before = before[:-1] if before[-1] == tokenizer.eos_token_id else before
+        self.behind = list(tokenizer(BEFORE_QUESTION, add_special_tokens=False).input_ids)
+
+    def rows(
+        self, question: Question, documents: Sequence[dict[str, Any]], with_none: bool = False
+    ) -> list[PassageRow]:
+        """
+        What is read for one question.
+
+        Args:
+            question (`str` or `list[dict]`):
+                Question, or the messages of a dialogue that ends with the user's turn.
+            documents (`list[dict]` of length `n`):
+                Documents with a `text` and an optional `title`.
+            with_none (`bool`, *optional*, defaults to `False`):
+                Whether a row without any document comes last.
+
+        Returns:
+            `list[tuple[list[int], list[int]]]` of length `n` or `n + 1`: tokens of a document's row and, behind them,
+            of the question.
+
+        Raises:
+            [`PromptTooLongError`]: the question leaves no room for a document of `MIN_DOCUMENT_TOKENS` tokens.
+        """
+        controls = control_tokens(self.tokenizer)
+        asked = controls.text_ids(f" {question_body(question)}")
+        limit = self._room(asked)
+        bodies = [controls.text_ids(f" {document_body(document)}")[:limit] for document in documents]
+        return [([*self.before, *body, *self.behind], asked) for body in [*bodies, *([[]] if with_none else [])]]
+
+    def __call__(self, question: Question, documents: Sequence[dict[str, Any]]) -> list[int]:
+        """All tokens that are read for one question, row behind row."""
+        return [token for row in self.rows(question, documents) for part in row for token in part]
+
+    def check_fits(self, question: Question, num_documents: int) -> None:
+        """Raises [`PromptTooLongError`] if `question` leaves no room for a document; each has a row of its own."""
+        self._room(control_tokens(self.tokenizer).text_ids(f" {question_body(question)}"))
+
+    def _room(self, asked: Sequence[int]) -> int | None:
+        """Tokens that a document can have; `None` for any number."""
+        if self.max_length is None:
+            return self.max_document_length
+        room = self.max_length - len(self.before) - len(self.behind) - len(asked)
+        if room < MIN_DOCUMENT_TOKENS:
+            raise PromptTooLongError(
+                f"a question of {len(asked)} tokens leaves no room for {MIN_DOCUMENT_TOKENS} tokens of a document in "
+                f"the limit of {self.max_length}: raise max_prompt_length, or shorten the question"
+            )
+        return room if self.max_document_length is None else min(room, self.max_document_length)
+
+
+Prompts = PromptBuilder | PassagePrompts
+
+
 def check_lengths(
     dataset: Dataset,
     name: str,
-    builders: Iterable[tuple[PromptBuilder, int]],
+    builders: Iterable[tuple[Prompts, int]],
     tokenizer: PreTrainedTokenizerBase,
     max_answer_length: int,
     all_answers: bool,
@@ -224,7 +306,7 @@ def check_lengths(
             Dataset with the columns `question` and `answers`.
         name (`str`):
             What the dataset is called in error messages.
-        builders (`Iterable[tuple[PromptBuilder, int]]`):
+        builders (`Iterable[tuple[Prompts, int]]`):
             Prompt builders and the number of documents that each shows at most.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the generator.

@@ -3,24 +3,24 @@ r"""The latent-variable model that DRO trains, \\( p(y \mid x) = \sum_z p(z \mid
 (equation 2 of https://huggingface.co/papers/2505.03075): roles, tokenizers, prompts and codec put together.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
 from .control_tokens import end_token_id, end_token_ids
 from .distinct import sample_distinct_permutations
+from .generation import Watched, generation_config
 from .importance import Sampling
-from .likelihood import CompletionLogits, completion_logps, pad_rows
+from .likelihood import CompletionLogits, chunk_rows, completion_logps, pad_rows
 from .permutation import PriorSource, SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
-from .prompts import PromptBuilder, answer_ids
+from .prompts import PassagePrompts, Prompts, answer_ids
+from .query_likelihood import ScoredDocuments, question_logps
 from .roles import Role, Roles
 from .sampling import PermutationSamples, sample_permutations
 from .separate_rows import SeparateRows
@@ -40,7 +40,8 @@ class RAGModel:
         tokenizers (`dict[str, PreTrainedTokenizerBase]`):
             Tokenizer of each role.
         prompts (`dict[str, PromptBuilder]`):
-            Prompt builder of each role.
+            Prompt builder of each role. A selector with [`~prompts.PassagePrompts`] has the likelihoods of
+            the question for its documents' logits, any other writes their ids.
         codec ([`~codec.PermutationCodec`]):
             Form in which the selector writes permutations.
         device (`torch.device`):
@@ -49,18 +50,24 @@ class RAGModel:
             Padded tokens of a forward without gradients; `None` bounds them by memory alone.
         retriever_prior (`float`, *optional*, defaults to `0.0`), retriever_prior_from (`str`, defaults to `"rank"`):
             Strength and source of the retriever's prior, see [`~permutation.retriever_logits`].
+        query_likelihood_scale (`float`, *optional*, defaults to `1.0`):
+            What log-likelihoods of the question are multiplied by to be logits.
+        negligible_weight (`float`, *optional*, defaults to `0.0`):
+            See [`~query_likelihood.recomputed`].
     """
 
     def __init__(
         self,
         roles: Roles,
         tokenizers: dict[Role, PreTrainedTokenizerBase],
-        prompts: dict[Role, PromptBuilder],
+        prompts: dict[Role, Prompts],
         codec: PermutationCodec,
         device: torch.device,
         max_tokens: int | None = None,
         retriever_prior: float = 0.0,
         retriever_prior_from: PriorSource = "rank",
+        query_likelihood_scale: float = 1.0,
+        negligible_weight: float = 0.0,
     ):
         self.roles = roles
         self.tokenizers = tokenizers
@@ -70,20 +77,39 @@ class RAGModel:
         self.max_tokens = max_tokens
         self.retriever_prior = retriever_prior
         self.retriever_prior_from = retriever_prior_from
+        self.query_likelihood_scale = query_likelihood_scale
+        self.negligible_weight = negligible_weight
         self.count = TokenCount()
 
-    def keeps_prompts(self) -> bool:
-        """Whether what [`~RAGModel.read`] keeps with gradients can be continued in training mode."""
+    @property
+    def scores_documents(self) -> bool:
+        """Whether the selector's choices have the likelihoods of the question for logits."""
+        return isinstance(self.prompts["selector"], PassagePrompts)
+
+    def keeps_prompts(self, wrapped: nn.Module | None = None) -> bool:
+        """
+        Whether what [`~RAGModel.read`] keeps with gradients can be continued in training mode, by a model that the
+        trainer wrapped.
+        """
+        if self.scores_documents:
+            return self._recomputes(wrapped)
         return not (self.roles.sharded or self.roles.is_checkpointed("selector") or "selector" in self.roles.separate)
 
-    def read(self, questions: Sequence[dict[str, Any]]) -> ReadPrompts:
+    def _recomputes(self, wrapped: nn.Module | None) -> bool:
+        """Whether a backward may compute likelihoods of the question again: nowhere where processes work in step."""
+        return not self.roles.sharded and (wrapped is None or wrapped is self.roles.model)
+
+    def read(self, questions: Sequence[dict[str, Any]], wrapped: nn.Module | None = None) -> ReadPrompts:
         """
         The selector's prompts in its cache, for [`~RAGModel.sample`] and [`~RAGModel.permutation_logps`] of the same
-        weights. With gradients enabled those of the latter flow through it. The selector must not be checkpointing.
+        weights. With gradients enabled those of the latter flow through it. A selector that writes must not be
+        checkpointing.
 
         Args:
             questions (`list[dict]` of length `B`):
                 Questions with their documents.
+            wrapped (`nn.Module`, *optional*):
+                Module through which gradients are averaged over processes, used where documents are scored.
 
         Returns:
             [`~shared_prefix.ReadPrompts`]
@@ -91,7 +117,16 @@ class RAGModel:
         Raises:
             [`~prompts.PromptTooLongError`]: a question is too long however short its documents are cut.
         """
-        begun = [self.codec.forced_start(len(question["documents"])) for question in questions]
+        sizes = [len(question["documents"]) for question in questions]
+        prompts = self.prompts["selector"]
+        if isinstance(prompts, PassagePrompts):
+            asked = [prompts.rows(each["question"], each["documents"], self.codec.may_end) for each in questions]
+            recompute = torch.is_grad_enabled() and self._recomputes(wrapped)
+            reader = self.reader("selector", wrapped)
+            logps = question_logps(reader, asked, self._in_chunks, recompute, self.negligible_weight, self.max_tokens)
+            scores = [self.query_likelihood_scale * each for each in logps]
+            return ScoredDocuments(self.device).read(scores, sizes, self.codec.max_documents)
+        begun = [self.codec.forced_start(size) for size in sizes]
         return self.reader("selector").read(self._selector_prompts(questions), begun)
 
     def sample(
@@ -143,7 +178,7 @@ class RAGModel:
                 if sampling == "distinct" and not greedy:
                     draw = sample_distinct_permutations
                 samples = draw(
-                    self.reader("selector"),
+                    self._chooser(),
                     self.codec,
                     self.read(chosen) if read is None else read,
                     [len(question["documents"]) for question in chosen],
@@ -190,6 +225,8 @@ class RAGModel:
         """
         pairs, inverse = unique_permutations(permutations)
         groups = [[z for owner, z in pairs if owner == question] for question in range(len(questions))]
+        if self.scores_documents and read is None:
+            read = self.read(questions, wrapped)
         prompts = self._selector_prompts(questions) if read is None else read.prompts
         # Where the cache stays empty, prompt and permutations go through the model together.
         cached = not self.roles.module("selector").training or self.keeps_prompts()
@@ -201,7 +238,7 @@ class RAGModel:
                 past = read
                 if cached and read is None:
                     past = self.read([questions[row] for row in rows])
-                return self.reader("selector", wrapped).completion_logits(completions, past)
+                return self._chooser(wrapped).completion_logits(completions, past)
 
             permutations = [z for row in rows for z in groups[row]]
             sizes = [len(questions[row]["documents"]) for row in rows for _ in groups[row]]
@@ -210,7 +247,9 @@ class RAGModel:
             return logps.split([len(groups[row]) for row in rows])
 
         lengths = [len(p) + len(group) * self.codec.max_length for p, group in zip(prompts, groups, strict=True)]
-        return torch.cat(self._in_chunks(score, lengths))[inverse]
+        # What was read was read of all questions.
+        parts = self._in_chunks(score, lengths) if read is None else score(list(range(len(questions))))
+        return torch.cat(list(parts))[inverse]
 
     def document_logits(self, question: dict[str, Any]) -> list[float] | None:
         """Prior of each document of a question, see [`~permutation.retriever_logits`]; `None` if there is none."""
@@ -232,7 +271,7 @@ class RAGModel:
             [`~likelihood.CompletionLogits`]: of `B` completions, in order.
         """
         groups = [[(prompt, tokens)] for prompt, tokens in zip(read.prompts, written, strict=True)]
-        return self.reader("selector").completion_logits(groups, read)
+        return self._chooser().completion_logits(groups, read)
 
     def answer_logps(
         self,
@@ -302,7 +341,7 @@ class RAGModel:
         Returns:
             `list[int]` of length `B`: tokens.
         """
-        separate = "selector" in self.roles.separate
+        separate = "selector" in self.roles.separate and not self.scores_documents
         rows = self._selector_lengths(questions, 1 if separate else num_permutations)
         rows = [row * num_permutations if separate else row for row in rows]
         lengths = []
@@ -369,14 +408,14 @@ class RAGModel:
             input_ids, mask = pad_rows(chosen, tokenizer.pad_token_id, self.device, side="left")
             watched = None
             if watch is not None:
-                watched = StoppingCriteriaList([_Watched(watch, rows, texts_of, input_ids.shape[1])])
+                watched = StoppingCriteriaList([Watched(watch, rows, texts_of, input_ids.shape[1])])
             generated = model.generate(
                 input_ids=input_ids, attention_mask=mask.long(), streamer=streamer, stopping_criteria=watched
             )
             texts = texts_of(generated[:, input_ids.shape[1] :])
             return [text.strip() for text in texts]
 
-        with _generation_config(model, greedy):
+        with generation_config(model, greedy):
             return self._in_chunks(generate, [len(prompt) + max_answer_length for prompt in prompts])
 
     def _in_chunks(self, run: Callable[[list[int]], Sequence[Any]], lengths: Sequence[int]) -> list[Any]:
@@ -410,7 +449,12 @@ class RAGModel:
         return self.prompts["generator"](question["question"], [question["documents"][i - 1] for i in places if i])
 
     def _selector_lengths(self, questions: Sequence[dict[str, Any]], num_permutations: int) -> list[int]:
-        return [len(p) + num_permutations * self.codec.max_length for p in self._selector_prompts(questions)]
+        written = 0 if self.scores_documents else num_permutations * self.codec.max_length
+        return [len(p) + written for p in self._selector_prompts(questions)]
+
+    def _chooser(self, wrapped: nn.Module | None = None) -> Any:
+        """What predicts the selector's choices."""
+        return ScoredDocuments(self.device) if self.scores_documents else self.reader("selector", wrapped)
 
     def reader(self, role: Role, wrapped: nn.Module | None = None) -> PackedModel:
         """A role's model as rows are given to it."""
@@ -437,62 +481,3 @@ class RAGModel:
         channels = config.num_hidden_layers * config.num_attention_heads * head_dim
         width = max(lengths)
         return len(lengths) * width * (2 * base.num_parameters(exclude_embeddings=True) + 4 * channels * width)
-
-
-class _Watched(StoppingCriteria):
-    """Shows each row's text to `watch`, which decides whether the row goes on."""
-
-    def __init__(
-        self,
-        watch: Callable[[int, str], bool],
-        rows: list[int],
-        texts_of: Callable[[Tensor], list[str]],
-        start: int,
-    ):
-        self.watch = watch
-        self.rows = rows
-        self.texts_of = texts_of
-        self.start = start
-
-    def __call__(self, input_ids, scores, **kwargs):
-        texts = self.texts_of(input_ids[:, self.start :])
-        # A character may take several tokens, the first of which show as U+FFFD.
-        stop = [self.watch(row, text.rstrip("\ufffd").strip()) for row, text in zip(self.rows, texts, strict=True)]
-        return torch.tensor(stop, device=input_ids.device)
-
-
-def chunk_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """
-    Rows in chunks that, padded to their longest, have at most `max_tokens` tokens; a longer row is alone.
-
-    Args:
-        lengths (`list[int]`):
-            Tokens of each row.
-        max_tokens (`int`, *optional*):
-            Padded tokens of a chunk; `None` puts all rows in one.
-
-    Returns:
-        `list[list[int]]`: row indices, those of similar length together.
-    """
-    if max_tokens is None:
-        return [list(range(len(lengths)))] if lengths else []
-    chunks: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not chunks or (len(chunks[-1]) + 1) * lengths[row] > max_tokens:
-            chunks.append([])
-        chunks[-1].append(row)
-    return chunks
-
-
-@contextlib.contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Replaces the model's own config, from which one passed to `generate` would be filled up (say, a penalty)."""
-    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
-    own = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = config
-        yield
-    finally:
-        for holder, previous in zip(holders, own, strict=True):
-            holder.generation_config = previous

@@ -10,7 +10,7 @@ from ..data.lines import dataset_rows
 from ..data.resumable import row_numbers
 from ..data.schema import BadRow, DatasetError
 from ..model.control_tokens import text_ids
-from ..model.prompts import PromptBuilder, PromptTooLongError, document_body, question_text
+from ..model.prompts import Prompts, PromptTooLongError, document_body, question_text
 from ..model.roles import Role
 from .rag_config import RAGConfig
 from .run_folder import FoundSystem, LoadOptions
@@ -95,7 +95,7 @@ class Questions:
         self.dataset = self.dataset.select([place for place in range(len(self.dataset)) if place not in reasons])
 
 
-def too_long(dataset: Dataset, prompts: Mapping[Role, PromptBuilder], config: RAGConfig) -> dict[int, str]:
+def too_long(dataset: Dataset, prompts: Mapping[Role, Prompts], config: RAGConfig) -> dict[int, str]:
     """
     Questions whose prompt exceeds the limit of a role however short their documents are cut.
 

@@ -15,7 +15,8 @@ from ..data.storage import write_whole
 from ..model.codec import PermutationCodec
 from ..model.loading import build_prompts
 from ..model.permutation import PriorSource
-from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, PromptBuilder, Template, check_template
+from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, Prompts, Template, check_template
+from ..model.query_likelihood import SelectorForm
 from ..model.roles import Role
 
 
@@ -35,6 +36,10 @@ class RAGConfig:
             Documents from which a permutation may end; by default all K.
         max_candidates (`int`, *optional*, defaults to `20`):
             Candidates shown to the selector, n: the first ones in retrieval order.
+        selector_form (`str`, *optional*, defaults to `"permutation"`):
+            How the selector chooses: `"permutation"` writes ids, `"query_likelihood"` scores documents.
+        query_likelihood_scale (`float`, *optional*, defaults to `0.1`):
+            What the question's log-likelihoods are multiplied by.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices.
         retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
@@ -56,6 +61,8 @@ class RAGConfig:
     num_selected: int = 5
     min_selected: int | None = None
     max_candidates: int = 20
+    selector_form: SelectorForm = "permutation"
+    query_likelihood_scale: float = 0.1
     retriever_prior: float = 0.0
     retriever_prior_from: PriorSource = "rank"
     selector_template: Template = SELECTOR_TEMPLATE
@@ -70,12 +77,17 @@ class RAGConfig:
         """The settings of a training run."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
+    def build_codec(self, tokenizers: dict[Role, PreTrainedTokenizerBase]) -> PermutationCodec:
+        """Form in which permutations are written: by the selector's tokenizer, unless it scores documents."""
+        tokenizer = None if self.selector_form == "query_likelihood" else tokenizers["selector"]
+        return PermutationCodec(tokenizer, self.max_candidates, self.num_selected, self.min_selected)
+
     def build_prompts(
         self,
         tokenizers: dict[Role, PreTrainedTokenizerBase],
         codec: PermutationCodec,
         contexts: dict[Role, int | None],
-    ) -> dict[Role, PromptBuilder]:
+    ) -> dict[Role, Prompts]:
         """Prompt builder of each role, see [`~loading.build_prompts`]."""
         return build_prompts(
             tokenizers,
@@ -86,11 +98,16 @@ class RAGConfig:
             self.max_prompt_length,
             self.max_document_length,
             self.chat_template_kwargs,
+            self.selector_form,
         )
 
-    def prior(self) -> dict[str, Any]:
-        """The retriever's prior, as arguments of [`~rag_model.RAGModel`]."""
-        return {"retriever_prior": self.retriever_prior, "retriever_prior_from": self.retriever_prior_from}
+    def selector(self) -> dict[str, Any]:
+        """What the selector's logits are made of beside its model, as arguments of [`~rag_model.RAGModel`]."""
+        return {
+            "retriever_prior": self.retriever_prior,
+            "retriever_prior_from": self.retriever_prior_from,
+            "query_likelihood_scale": self.query_likelihood_scale,
+        }
 
     def save(self, folder: str | Path) -> None:
         """Writes `rag_config.json`. A template that is a function is left out: it must be passed when loading."""
@@ -161,10 +178,12 @@ class RAGConfig:
                 f"{where}: chat_template_kwargs must be an object or null, not {self.chat_template_kwargs!r}; "
                 "correct it"
             )
-        prior = self.retriever_prior
-        if isinstance(prior, bool) or not isinstance(prior, int | float) or not (math.isfinite(prior) and prior >= 0):
-            raise ValueError(f"{where}: retriever_prior must be a finite number from 0, not {prior!r}; correct it")
-        if self.retriever_prior_from not in get_args(PriorSource):
-            raise ValueError(
-                f"{where}: retriever_prior_from must be rank or score, not {self.retriever_prior_from!r}; correct it"
-            )
+        for name in ("retriever_prior", "query_likelihood_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite number from 0, not {value!r}; correct it")
+        for name, known in (("retriever_prior_from", PriorSource), ("selector_form", SelectorForm)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(
+                    f"{where}: {name} must be {' or '.join(get_args(known))}, not {getattr(self, name)!r}; correct it"
+                )

@@ -29,10 +29,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.lines import first_line
 from ..data.storage import as_path, content_key, file_key
-from ..model.codec import PermutationCodec
 from ..model.control_tokens import end_token_ids
 from ..model.loading import context_length, load_tokenizer, longest_sequence, prepare_tokenizer, refuse_file
-from ..model.prompts import PromptBuilder
+from ..model.prompts import Prompts
 from ..model.rag_model import RAGModel
 from ..model.roles import ROLE_FILE, ROLES, Role, RolePair, Roles, check_role, put_adapters_on
 from ..model.self_check import SharedPrefix, check_rows
@@ -322,7 +321,7 @@ class FoundSystem(NamedTuple):
     sources: dict[Role, RoleSource]
     config: RAGConfig
 
-    def load_prompts(self, options: LoadOptions) -> dict[Role, PromptBuilder]:
+    def load_prompts(self, options: LoadOptions) -> dict[Role, Prompts]:
         """
         Prompt builder of each role, from tokenizers and configs alone, without any weights.
 
@@ -334,11 +333,7 @@ class FoundSystem(NamedTuple):
             role: context_length(each.model, each.revision, options.trust_remote_code)
             for role, each in self.sources.items()
         }
-        config = self.config
-        codec = PermutationCodec(
-            tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected
-        )
-        return config.build_prompts(tokenizers, codec, contexts)
+        return self.config.build_prompts(tokenizers, self.config.build_codec(tokenizers), contexts)
 
 
 def find_system(
@@ -412,9 +407,9 @@ def load_rag(selector: RoleSource, generator: RoleSource, config: RAGConfig, opt
     roles = Roles(role_model, trained=())
     tokenizers = {role: prepare_tokenizer(_load_tokenizer(source, options)) for role, source in sources.items()}
     contexts = _contexts(roles)
-    codec = PermutationCodec(tokenizers["selector"], config.max_candidates, config.num_selected, config.min_selected)
+    codec = config.build_codec(tokenizers)
     prompts = config.build_prompts(tokenizers, codec, contexts)
-    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, **config.prior())
+    rag = RAGModel(roles, tokenizers, prompts, codec, options.target, **config.selector())
     check_rows(rag, options.shared_prefix)
     return rag
 
@@ -423,9 +418,9 @@ def with_num_selected(rag: RAGModel, config: RAGConfig, num_selected: int) -> RA
     """The same models asked for another number of documents, for questions that have fewer candidates than that."""
     min_selected = min(rag.codec.min_selected, num_selected)
     config = replace(config, num_selected=num_selected, min_selected=min_selected)
-    codec = PermutationCodec(rag.tokenizers["selector"], config.max_candidates, num_selected, min_selected)
+    codec = config.build_codec(rag.tokenizers)
     prompts = config.build_prompts(rag.tokenizers, codec, _contexts(rag.roles))
-    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, **config.prior())
+    return RAGModel(rag.roles, rag.tokenizers, prompts, codec, rag.device, **config.selector())
 
 
 def export_merged(source: RoleSource, folder: str | Path, options: LoadOptions) -> None:

@@ -93,6 +93,9 @@ class Work:
         separate_choices (`int`):
             Choices of a permutation if the selector reads each in a row of its own, with the prompt and without a
             cache; 0 where rows share the prompt.
+        scored_documents (`int`):
+            Documents if the selector reads each by itself with the question, P being all of them together, and writes
+            nothing; 0 where it writes.
     """
 
     selector_prompt: int
@@ -103,9 +106,12 @@ class Work:
     checkpointing: bool
     estimates_serve_once: bool = True
     separate_choices: int = 0
+    scored_documents: int = 0
 
     def tokens(self, role: Role) -> int:
         """Tokens that one forward of a role takes; nothing is shared between the generator's prompts."""
+        if role == "selector" and self.scored_documents:
+            return self.selector_prompt
         if role == "selector" and self.separate_choices:
             return self.num_permutations * (self.selector_prompt + self.permutation)
         if role == "selector":
@@ -322,6 +328,8 @@ def role_step_bytes(
         `dict[str, float]`: `"activations"` and `"logits"`.
     """
     scored = work.num_permutations * (work.permutation if role == "selector" else work.answer)
+    if role == "selector" and work.scored_documents:
+        scored = work.scored_documents * work.permutation
     tokens = num_questions * work.tokens(role)
     return {
         "activations": activation_bytes(
@@ -338,6 +346,8 @@ def forward_equivalents(role: Role, work: Work, trained: bool, trained_weights: 
     """
     tokens, written = work.tokens(role), work.num_permutations * work.permutation
     backward = (2 if trained_weights else 1) + work.checkpointing
+    if role == "selector" and work.scored_documents:  # the backward reads again what it needs, all of it at most
+        return tokens + trained * (1 + backward) * tokens
     if role == "selector" and work.separate_choices:
         # The first choice follows the prompt; each further one reads it again, and half a permutation on average.
         again = work.num_permutations * (work.separate_choices - 1)

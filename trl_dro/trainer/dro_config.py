@@ -10,6 +10,7 @@ from .._trl_compat import _BaseConfig
 from ..model.importance import Sampling, SelectorEstimator
 from ..model.permutation import PriorSource, SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
+from ..model.query_likelihood import SelectorForm
 from ..model.self_check import SharedPrefix
 from .estimation import AnswerTarget
 from .ranges import check_numbers, check_types
@@ -20,6 +21,7 @@ _CHOICES = {
     "answer_target": list(get_args(AnswerTarget)),
     "retriever_prior_from": list(get_args(PriorSource)),
     "sampling": list(get_args(Sampling)),
+    "selector_form": list(get_args(SelectorForm)),
     "selector_estimator": list(get_args(SelectorEstimator)),
     "selector_likelihood": list(get_args(SelectorLikelihood)),
     "shared_prefix": list(get_args(SharedPrefix)),
@@ -68,6 +70,12 @@ class DROConfig(_BaseConfig):
         min_selected (`int`, *optional*):
             Documents from which the selector may end its permutation: then it chooses, before each further document,
             between going on and the end. `0` lets it select none. By default it selects all K.
+        selector_form (`str`, *optional*, defaults to `"permutation"`):
+            `"permutation"`, as in the paper: the selector reads all candidates and writes ids. `"query_likelihood"`:
+            it reads each by itself, and the log-likelihood of the question behind it is its logit, which language
+            models tell apart before any training.
+        query_likelihood_scale (`float`, *optional*, defaults to `0.1`):
+            Factor of these log-likelihoods, in nats: the greater, the surer the selector.
         retriever_prior (`float`, *optional*, defaults to `0.0`):
             Say of the retriever's ranking in the selector's choices, \\( \alpha \\): every choice's logits get
             \\( -\alpha \log \\) of the candidates' retrieval ranks, which shuffling does not change. `0` is the
@@ -213,6 +221,16 @@ class DROConfig(_BaseConfig):
     min_selected: int | None = field(
         default=None,
         metadata={"help": "Documents from which the selector may end its permutation; by default it selects all K."},
+    )
+    selector_form: str = field(
+        default="permutation",
+        metadata={
+            "help": "How the selector chooses: permutation writes ids, query_likelihood scores documents.",
+            "choices": _CHOICES["selector_form"],
+        },
+    )
+    query_likelihood_scale: float = field(
+        default=0.1, metadata={"help": "Factor of the question's log-likelihoods, with query_likelihood."}
     )
     retriever_prior: float = field(
         default=0.0,
@@ -415,8 +433,9 @@ class DROConfig(_BaseConfig):
             raise ValueError(f"top_p={self.top_p}: it must lie above 0 and not above 1")
         if not 0 <= self.likelihood_floor < 1:
             raise ValueError(f"likelihood_floor={self.likelihood_floor}: it must be at least 0 and below 1")
-        if not 0 <= self.retriever_prior < math.inf:
-            raise ValueError(f"retriever_prior={self.retriever_prior}: it must be a finite number of at least 0")
+        for name in ("retriever_prior", "query_likelihood_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be a finite number of at least 0")
         if not 0 <= self.negligible_weight < 1:
             raise ValueError(f"negligible_weight={self.negligible_weight}: it must be at least 0 and below 1")
         if not 0 < self.tiny_likelihood < 1:
@@ -463,6 +482,11 @@ class DROConfig(_BaseConfig):
                     "selector_estimator='vimco' needs permutations drawn from the selector itself: set temperature=1, "
                     "top_p=1 and selector_likelihood='constrained', or choose rws or rws_centered"
                 )
+        if self.selector_form == "query_likelihood" and self.selector_likelihood == "full_vocabulary":
+            raise ValueError(
+                "selector_likelihood='full_vocabulary' is that of written ids, and selector_form='query_likelihood' "
+                "writes none: set selector_likelihood='constrained'"
+            )
         if self.retriever_prior and self.selector_likelihood == "full_vocabulary":
             raise ValueError(
                 "selector_likelihood='full_vocabulary' trains a selector to write alone, where no retriever_prior is "

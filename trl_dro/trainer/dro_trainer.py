@@ -18,8 +18,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.scoring import answer_and_score, score_bounds
+from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
-from ..model.rag_model import RAGModel, chunk_rows
+from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role
 from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
@@ -164,8 +165,9 @@ class DROTrainer(RoleTrainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics,
         )
-        shown, limit = RAGConfig.of_training(args), args.max_tokens_per_forward
-        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, limit, **shown.prior())
+        settings = RAGConfig.of_training(args).selector() | {"negligible_weight": args.negligible_weight}
+        limit = args.max_tokens_per_forward
+        self.rag = RAGModel(self.roles, tokenizers, prompts, codec, args.device, limit, **settings)
         self._check_rows(self.rag)
         # Permutations are drawn from seeds of their own; dropout, if there is any, must differ between processes.
         set_seed(args.seed, device_specific=True)
@@ -268,7 +270,7 @@ class DROTrainer(RoleTrainer):
         # The M-step of the same weights goes on from the E-step's forward over the prompts. Checkpointing keeps none.
         read = None
         same_weights = self._estimates_serve_once and args.train_selector and args.disable_dropout
-        if same_weights and self.rag.keeps_prompts():
+        if same_weights and self.rag.keeps_prompts(self.model_wrapped):
             with self._inference(gradients=True):
                 read = self.rag.read(questions)
         with self._inference():

@@ -16,7 +16,7 @@ from ..data.schema import DatasetError, validate_dataset
 from ..model.codec import PermutationCodec
 from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
 from ..model.permutation import retriever_logits
-from ..model.prompts import PromptBuilder, check_lengths
+from ..model.prompts import Prompts, check_lengths
 from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, prepare_role_model
 from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
@@ -31,7 +31,7 @@ def check_inputs(
     args: DROConfig,
     train_dataset: Dataset | None,
     eval_dataset: Dataset | dict[str, Dataset] | None,
-) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, PromptBuilder]]:
+) -> tuple[dict[Role, PreTrainedTokenizerBase], PermutationCodec, dict[Role, Prompts]]:
     """
     Tokenizers, codec and prompts of a run, and whatever can be wrong with its inputs before weights are loaded.
 
@@ -74,12 +74,13 @@ def check_inputs(
         if args.retriever_prior and args.retriever_prior_from == "score":
             check_scores(dataset, name, args.max_candidates)
     tokenizers = load_tokenizers(model, selector_model, processing_class, args)
-    codec = PermutationCodec(tokenizers["selector"], args.max_candidates, args.num_selected, args.min_selected)
+    config = RAGConfig.of_training(args)
+    codec = config.build_codec(tokenizers)
     context = context_length(model, generator_revision(args), args.trust_remote_code)
     contexts: dict[Role, int | None] = {"selector": context, "generator": context}
     if selector_model is not None:
         contexts["selector"] = context_length(selector_model, trust_remote_code=args.trust_remote_code)
-    prompts = RAGConfig.of_training(args).build_prompts(tokenizers, codec, contexts)
+    prompts = config.build_prompts(tokenizers, codec, contexts)
     shown = [(prompts["selector"], args.max_candidates), (prompts["generator"], args.num_selected)]
     for name, dataset in datasets.items():
         all_answers = args.answer_target != "first" and name == "train_dataset"

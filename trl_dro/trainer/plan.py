@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..model.codec import PermutationCodec
-from ..model.prompts import PromptBuilder
+from ..model.prompts import PassagePrompts, Prompts
 from ..model.roles import ROLES, Role, Roles
 from . import cost
 from .dro_config import DROConfig
@@ -24,6 +24,7 @@ from .schedule import EstimationSampler
 # Where there are no data to count: tokens of a passage of 100 words, of the text around the documents, of an id with
 # what separates it from the next.
 PASSAGE_TOKENS, FRAME_TOKENS, ID_TOKENS = 160, 150, 5
+QUESTION_TOKENS = 32  # of a question behind a document, with the words around both
 
 # What a run's hours are told for: 40% of the peak of a card of 24 GB, a sixth of an A100's. Time goes in proportion.
 SUSTAINED_FLOPS = 5e13
@@ -46,7 +47,7 @@ class Lengths:
         generator_row (`tuple[float, int]`):
             Prompt of the generator, its longest documents selected, with the answer.
         permutation (`int`):
-            A permutation, at most.
+            A permutation, at most; the question where the selector scores it behind each document.
         answer (`int`):
             An answer, at most.
         counted (`str`):
@@ -71,11 +72,14 @@ class Lengths:
         row = prompts[1] + args.max_answer_length
         counted = f"at most, with {document} tokens per document"
         permutation = ID_TOKENS * args.num_selected
+        if args.selector_form == "query_likelihood":
+            prompts[0] = args.max_candidates * (document + QUESTION_TOKENS)
+            permutation = QUESTION_TOKENS
         return cls((prompts[0], prompts[0]), (row, row), permutation, args.max_answer_length, counted)
 
     @classmethod
     def of_data(
-        cls, dataset: Dataset, args: DROConfig, prompts: dict[Role, PromptBuilder], codec: PermutationCodec
+        cls, dataset: Dataset, args: DROConfig, prompts: dict[Role, Prompts], codec: PermutationCodec
     ) -> "Lengths":
         """Tokens of the questions with the longest documents, and of others for the mean."""
         sizes = [
@@ -90,15 +94,18 @@ class Lengths:
         def lengths(rows: Sequence[int]) -> list[tuple[int, int]]:
             return [_question_lengths(dataset[row], args, prompts) for row in rows]
 
+        written, selector = codec.max_length, prompts["selector"]
+        if isinstance(selector, PassagePrompts):
+            written = max(len(selector.rows(dataset[row]["question"], [], True)[0][1]) for row in longest)
         most, usual = lengths(longest), lengths(others)
         ranges = [
             (sum(each[i] for each in usual) / len(usual), max(each[i] for each in most + usual)) for i in range(2)
         ]
         counted = "counted" if len(others) == len(dataset) else f"counted on {len({*longest, *others})} questions"
-        return cls(ranges[0], ranges[1], codec.max_length, args.max_answer_length, counted)
+        return cls(ranges[0], ranges[1], written, args.max_answer_length, counted)
 
 
-def _question_lengths(record: dict[str, Any], args: DROConfig, prompts: dict[Role, PromptBuilder]) -> tuple[int, int]:
+def _question_lengths(record: dict[str, Any], args: DROConfig, prompts: dict[Role, Prompts]) -> tuple[int, int]:
     documents = record["documents"][: args.max_candidates]
     longest = sorted(documents, key=lambda document: -len(document["text"]))[: args.num_selected]
     tokenizer = prompts["generator"].tokenizer
@@ -207,6 +214,7 @@ def make_plan(
             bool(args.gradient_checkpointing),
             once,
             separate_choices=args.num_selected if args.shared_prefix == "never" else 0,
+            scored_documents=args.max_candidates if args.selector_form == "query_likelihood" else 0,
         )
 
     largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
@@ -218,7 +226,8 @@ def make_plan(
     equivalents = {
         role: cost.forward_equivalents(role, mean, role in trained, full and role in trained) for role in ROLES
     }
-    together = mean.tokens("selector") // (args.num_permutations if mean.separate_choices else 1)
+    rows_apart = mean.scored_documents or (args.num_permutations if mean.separate_choices else 1)
+    together = mean.tokens("selector") // rows_apart
     row_lengths: dict[Role, int] = {"selector": together, "generator": mean.generator_row}
     flops_per_question = sum(
         equivalents[role] * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role]) for role in ROLES
@@ -286,7 +295,8 @@ def _memory(
         for role in trained
     }
     cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
-    if not args.gradient_checkpointing and largest.estimates_serve_once and len(trained) == 2 and not sharded:
+    kept = not (args.gradient_checkpointing or largest.scored_documents or sharded)
+    if kept and largest.estimates_serve_once and len(trained) == 2:
         # The selector's graph is held while the generator's is built.
         memory["activations"] = sum(step["activations"] for step in steps.values()) + cache
         memory["logits"] = sum(step["logits"] for step in steps.values())

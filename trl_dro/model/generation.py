@@ -1,0 +1,47 @@
+# Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+"""What answering needs of a model's `generate`: a config of its own, and someone who watches what is written."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+
+class Watched(StoppingCriteria):
+    """Shows each row's text to `watch`, which decides whether the row goes on."""
+
+    def __init__(
+        self,
+        watch: Callable[[int, str], bool],
+        rows: list[int],
+        texts_of: Callable[[Tensor], list[str]],
+        start: int,
+    ):
+        self.watch = watch
+        self.rows = rows
+        self.texts_of = texts_of
+        self.start = start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.texts_of(input_ids[:, self.start :])
+        # A character may take several tokens, the first of which show as U+FFFD.
+        stop = [self.watch(row, text.rstrip("\ufffd").strip()) for row, text in zip(self.rows, texts, strict=True)]
+        return torch.tensor(stop, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's own config, from which one passed to `generate` would be filled up (say, a penalty)."""
+    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = config
+        yield
+    finally:
+        for holder, previous in zip(holders, own, strict=True):
+            holder.generation_config = previous
