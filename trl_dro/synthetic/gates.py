@@ -45,7 +45,7 @@ _NUMBER = r"\d|\b(?:no|one|two|three|four|five|six|seven|eight|nine|ten|eleven|d
 _KINDS = (
     (re.compile(r"(?:in )?(?:when|what year|which year)\b", re.IGNORECASE), re.compile(_DATE)),
     (re.compile(r"how (?:many|much|old)\b", re.IGNORECASE), re.compile(_NUMBER, re.IGNORECASE)),
-    (re.compile(r"(?:who|whom|whose)\b", re.IGNORECASE), re.compile(r"^\D+$")),
+    (re.compile(r"(?:who|whom|whose)\b", re.IGNORECASE), re.compile(r"[^\W\d_]")),
 )
 
 
