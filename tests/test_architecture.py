@@ -18,7 +18,7 @@ FLOORS = (
     {"data", "metrics", "model"},
     {"retrieval"},
     {"demo", "system"},
-    {"evaluation", "integrations", "server"},
+    {"evaluation", "integrations", "server", "synthetic"},
     {"trainer"},
     {"report"},
     {"commands"},

@@ -141,7 +141,7 @@ def test_blocks_run_in_the_order_of_the_page(path, workplace, monkeypatch):
             for words in commands(block.code):
                 if words[0] == "trl-dro" or words[0] == "python":
                     # Corpora and indexes are kept in a folder of the user's, which is none of a test's.
-                    more = ["--cache_dir", "cache"] if words[1] == "retrieve" else []
+                    more = ["--cache_dir", "cache"] if words[1] in ("retrieve", "quickstart") else []
                     check_command([*words, *more], monkeypatch)
         elif block.language == "python" and ">>>" in block.code:
             test = doctest.DocTestParser().get_doctest(block.code, names, block.where, str(path), 0)

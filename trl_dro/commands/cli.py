@@ -38,6 +38,8 @@ class Command(NamedTuple):
 
 # Each in the module of its name.
 COMMANDS = {
+    "quickstart": Command("QuickstartArguments", "quickstart", "corpus"),
+    "questions": Command("QuestionWritingArguments", "write_questions", "corpus"),
     "retrieve": Command("RetrieveArguments", "retrieve", "questions"),
     "warmup": Command("WarmUpArguments SFTConfig ModelConfig", "warm_up"),
     "train": Command("TrainArguments DROConfig ModelConfig", "train"),

@@ -18,7 +18,7 @@ from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.run_folder import find_system, system_stamp
 from .arguments import QuestionArguments, check_range
-from .questions import NOT_COMPARED, find_candidates, load_questions
+from .asking import NOT_COMPARED, find_candidates, load_questions
 
 
 # Arguments that do not change the result of a question.

@@ -16,7 +16,7 @@ from ..system.pipeline import RAGPipeline
 from ..system.questions import Questions
 from ..system.run_folder import LoadOptions, find_system, system_stamp
 from .arguments import QuestionArguments
-from .questions import NOT_COMPARED, find_candidates, load_questions
+from .asking import NOT_COMPARED, find_candidates, load_questions
 
 
 PREDICTIONS_FILE = "predictions.jsonl"

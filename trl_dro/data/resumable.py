@@ -32,6 +32,7 @@ def complete_rows(
     description: str,
     skipped: Sequence[BadRow] = (),
     processes: Processes = ALONE,
+    unit: str = "question",
 ) -> list[Row]:
     """
     The lines of a file, one for each of `num_rows` questions in their order. Those that an earlier call left are kept,
@@ -56,6 +57,8 @@ def complete_rows(
             Rows of the source that are left out, listed in `skipped.jsonl`; the questions are the others.
         processes ([`~processes.Processes`], *optional*):
             Those that call this function together.
+        unit (`str`, *optional*, defaults to `"question"`):
+            Of the progress bar.
 
     Returns:
         `list[dict]`: the results, each with its `row`, the number in the source; in every process all.
@@ -70,7 +73,7 @@ def complete_rows(
         left = [place for place, row in enumerate(numbers) if row not in done]
         if left:
             with tqdm(
-                total=num_rows, initial=len(done), desc=description, unit="question", disable=not processes.is_main
+                total=num_rows, initial=len(done), desc=description, unit=unit, disable=not processes.is_main
             ) as progress:
                 _append(path, processes, numbers, done, work(left), progress)
                 processes.wait()
