@@ -161,6 +161,11 @@ def test_a_question_is_scored_alike_in_any_batch_and_any_chunks():
         chunked = rag.permutation_logps(QUESTIONS, permutations)
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(together, chunked, atol=2e-5, rtol=1e-5)
+    # What was read is read of all questions, however many fit.
+    with torch.no_grad():
+        rag.max_tokens = 1
+        read = rag.permutation_logps(QUESTIONS, permutations, read=rag.read(QUESTIONS))
+    torch.testing.assert_close(together, read, atol=2e-5, rtol=1e-5)
 
 
 def gradients(rag, loss):
@@ -185,12 +190,14 @@ def test_gradient_is_that_of_the_definition_whether_computed_again_or_kept(max_t
     ]
     expected = gradients(rag, (COEFFICIENTS.flatten() * torch.stack(terms)).sum())
     read = rag.read(QUESTIONS)
+    shared = Shared(rag.roles.model)
     cases = {
         "computed again": (COEFFICIENTS * rag.permutation_logps(QUESTIONS, DRAWN)).sum(),
         "read before": (COEFFICIENTS * rag.permutation_logps(QUESTIONS, DRAWN, read=read)).sum(),
         # A module of another identity is one that processes share: nothing is computed again.
-        "kept": (COEFFICIENTS * rag.permutation_logps(QUESTIONS, DRAWN, wrapped=Shared(rag.roles.model))).sum(),
+        "kept": (COEFFICIENTS * rag.permutation_logps(QUESTIONS, DRAWN, wrapped=shared)).sum(),
     }
+    assert shared.with_gradients == 1
     for name, loss in cases.items():
         for key, gradient in gradients(rag, loss).items():
             torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4, msg=f"{name}, {key}")
@@ -202,8 +209,10 @@ class Shared(torch.nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module = module
+        self.with_gradients = 0
 
     def forward(self, **inputs):
+        self.with_gradients += torch.is_grad_enabled()
         return self.module(**inputs)
 
 
@@ -217,6 +226,23 @@ def test_nothing_of_the_selector_is_kept_while_the_generator_goes_on():
     for key, gradient in gradients(rag, rag.permutation_logps(QUESTIONS, DRAWN, read=read).sum()).items():
         torch.testing.assert_close(gradient, expected[key], atol=1e-6, rtol=1e-5)
     assert any(gradient.abs().max() > 0 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("max_tokens", [None, 60])
+def test_gradient_without_negligible_documents_is_that_of_the_others(max_tokens):
+    rag = make_rag(negligible_weight=0.3)
+    rag.roles.model.train()
+    rag.max_tokens = max_tokens
+    scores = [likelihoods(rag, question) for question in QUESTIONS]
+    leaves = [each.detach().requires_grad_() for each in scores]
+    logps = [plackett_luce(leaf, z) for leaf, drawn in zip(leaves, DRAWN.tolist(), strict=True) for z in drawn]
+    (COEFFICIENTS.flatten() * torch.stack(logps)).sum().backward()
+    wanted = torch.cat([leaf.grad for leaf in leaves])
+    kept = significant_rows(wanted, [4, 3], 0.3)
+    assert 0 < len(kept) < 7 and kept != list(range(len(kept)))
+    expected = gradients(rag, (torch.cat(scores) * wanted)[kept].sum())
+    for key, gradient in gradients(rag, (COEFFICIENTS * rag.permutation_logps(QUESTIONS, DRAWN)).sum()).items():
+        torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4, msg=key)
 
 
 def test_only_documents_that_matter_are_computed_again():
