@@ -119,7 +119,6 @@ def test_folder_of_documents_is_a_corpus(run, files):
         ([], {"corpus": None}, ["needs a corpus", "--corpus FILE"]),
         (["--retriever", "precomputed"], {}, ["leave out --corpus"]),
         (["--k", "0"], {}, ["--k 0"]),
-        (["--k", "31"], {}, ["k=31", "corpus of 30"]),
         ([], {"corpus": "absent.jsonl"}, ["absent.jsonl", "no such file"]),
         (["--source", "x.json"], {}, ["--source belongs to a benchmark"]),
     ],
