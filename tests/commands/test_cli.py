@@ -154,7 +154,7 @@ def test_unknown_command_and_no_command_show_the_usage(monkeypatch, capsys):
     message = wrong_usage(monkeypatch, capsys, "retreive")
     assert message.startswith("trl-dro: there is no command 'retreive'; did you mean retrieve?\nusage: trl-dro {")
     call(monkeypatch)
-    assert "usage: trl-dro {retrieve,warmup,train,evaluate,predict,serve,report,env}" in capsys.readouterr().out
+    assert f"usage: trl-dro {{{','.join(COMMANDS)}}}" in capsys.readouterr().out
 
 
 def test_help_lists_each_command_with_what_it_does(monkeypatch, capsys):

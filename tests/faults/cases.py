@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -759,7 +760,7 @@ def calls() -> Iterator[Case]:
             "a number": 5.5,
             "empty": "",
             "missing": "/no/such.jsonl",
-            "a folder": "/tmp",
+            "a folder": tempfile.mkdtemp(),
         }.items():
             yield case(
                 f"{reader.__name__}: {name}",

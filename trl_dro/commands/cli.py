@@ -136,7 +136,7 @@ def print_commands() -> None:
     print(f"{USAGE}\n")
     for name in COMMANDS:
         summary = str(read(f"trl_dro.commands.{name}")["__doc__"]).partition("\n")[0].partition(": ")[2]
-        print(f"  {name:10}{summary}")
+        print(f"  {name:12}{summary}")
     print("\ntrl-dro COMMAND --help tells its settings, trl-dro --version the version of this package.")
 
 
@@ -185,7 +185,13 @@ def launch(args: LaunchArguments, arguments: list[str]) -> None:
         flags += ["--num_processes", str(args.num_processes)]
         if args.accelerate_config is None and args.num_processes > 1:
             flags.append("--multi_gpu")
-    launch_command(launch_command_parser().parse_args([*flags, "-m", "trl_dro.commands.cli", *arguments]))
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parsed = launch_command_parser().parse_args([*flags, "-m", "trl_dro.commands.cli", *arguments])
+    try:
+        launch_command(parsed)
+    except ChildFailedError:  # which has said why
+        sys.exit(1)
 
 
 if __name__ == "__main__":

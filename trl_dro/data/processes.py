@@ -2,6 +2,7 @@
 """Processes that share a piece of work whose parts need nothing of each other."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,7 +55,12 @@ class Processes:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        [made] = broadcast_object_list([make() if self.is_main else None])
+        try:
+            [made] = broadcast_object_list([make() if self.is_main else None])
+        except RuntimeError:
+            if self.is_main:
+                raise
+            sys.exit(f"process {self.rank} ends, as the main one did")
         return made
 
     def wait(self) -> None:
