@@ -177,6 +177,7 @@ def launches(args: LaunchArguments) -> bool:
 def launch(args: LaunchArguments, arguments: list[str]) -> None:
     """Starts a command in several processes, as `accelerate launch -m trl_dro.commands.cli` does."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     flags = ["--quiet"]  # the process that failed has told why
     if args.accelerate_config is not None:
@@ -185,8 +186,6 @@ def launch(args: LaunchArguments, arguments: list[str]) -> None:
         flags += ["--num_processes", str(args.num_processes)]
         if args.accelerate_config is None and args.num_processes > 1:
             flags.append("--multi_gpu")
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     parsed = launch_command_parser().parse_args([*flags, "-m", "trl_dro.commands.cli", *arguments])
     try:
         launch_command(parsed)

@@ -3,7 +3,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self, TypeVar
@@ -55,12 +56,8 @@ class Processes:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        try:
+        with self._ends_with_the_main_one():
             [made] = broadcast_object_list([make() if self.is_main else None])
-        except RuntimeError:
-            if self.is_main:
-                raise
-            sys.exit(f"process {self.rank} ends, as the main one did")
         return made
 
     def wait(self) -> None:
@@ -68,7 +65,18 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            with self._ends_with_the_main_one():
+                PartialState().wait_for_everyone()
+
+    @contextmanager
+    def _ends_with_the_main_one(self) -> Iterator[None]:
+        """A connection that breaks says only that the main process has ended, which has told why."""
+        try:
+            yield
+        except RuntimeError:
+            if self.is_main:
+                raise
+            sys.exit(f"process {self.rank} ends, as the main one did")
 
 
 ALONE = Processes()
