@@ -3,6 +3,7 @@ import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -23,12 +24,23 @@ def test_the_answer_is_the_pipelines(server, pipe):
     assert reply["documents"][0]["probability"] == pytest.approx(expected.documents[0].probability)
 
 
+def test_the_reply_has_what_the_answer_rests_on(server, pipe):
+    answer = pipe(**REQUEST).answer
+    documents = [{**each, "page": 3} for each in REQUEST["documents"]]
+    documents = [{**each, "text": f"Nothing. It was {answer}. {each['text']}"} for each in documents]
+    reply = json.loads(server.ask(content={**REQUEST, "documents": documents})[1])
+    expected = pipe(REQUEST["question"], documents=documents)
+    assert reply["citations"] == [asdict(citation) for citation in expected.citations]
+    assert {each["page"] for each in reply["documents"]} == {3}
+
+
 def test_a_stream_is_the_documents_and_then_the_answer_in_pieces(server, pipe):
     status, text = server.ask("/stream")
     lines = [json.loads(line) for line in text.splitlines()]
     expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
-    assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 2
-    assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+    assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 3
+    assert "".join(line["text"] for line in lines[1:-1]) == expected.answer
+    assert lines[-1] == {"citations": [asdict(citation) for citation in expected.citations]}
 
 
 def test_texts_and_dialogues_are_understood(server):
@@ -220,9 +232,9 @@ def test_where_none_is_selected_the_reply_names_no_document(tmp_path):
         alone = pipe.rag.answer([REQUEST], torch.zeros(1, 2, dtype=torch.long), 6)
     assert expected == RAGOutput(alone[0], []) and alone[0]
     with Server(pipe) as server:
-        assert json.loads(server.ask()[1]) == {"answer": expected.answer, "documents": []}
+        assert json.loads(server.ask()[1]) == {"answer": expected.answer, "documents": [], "citations": []}
         lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
     assert lines[0] == {"documents": []}
-    assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+    assert "".join(line["text"] for line in lines[1:-1]) == expected.answer
     stream = pipe.stream(**REQUEST)
     assert stream.documents == [] and "".join(stream.pieces).strip() == expected.answer

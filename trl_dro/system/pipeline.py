@@ -3,7 +3,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
@@ -18,6 +18,7 @@ from ..model.rag_model import RAGModel
 from ..model.roles import Role, note_role
 from ..model.shared_prefix import ReadPrompts
 from ..retrieval import Retriever
+from .citations import Citation, cite
 from .rag_config import RAGConfig
 from .run_folder import LoadOptions, RoleSource, export_merged, find_system, load_rag, with_num_selected
 
@@ -39,6 +40,8 @@ class SelectedDocument:
         probability (`float`):
             Probability with which the selector chose it next, given the question, the candidates and the documents
             chosen before it.
+        page (`int`, *optional*):
+            Page that it begins on, if it was cut from a document with pages.
     """
 
     id: str | None
@@ -46,6 +49,7 @@ class SelectedDocument:
     text: str
     position: int
     probability: float
+    page: int | None = None
 
 
 @dataclass
@@ -59,10 +63,13 @@ class RAGOutput:
         documents (`list[SelectedDocument]`):
             Selected documents in the selector's order, which is the order that the generator reads; none if it was
             allowed to select none and the answer is the generator's own.
+        citations (`list[Citation]`):
+            What the answer rests on among them, see [`~citations.cite`]; empty as long as it is being written.
     """
 
     answer: str
     documents: list[SelectedDocument]
+    citations: list[Citation] = field(default_factory=list)
 
 
 # Sees a question's place and its output so far; returns whether to leave it there.
@@ -218,6 +225,8 @@ class RAGPipeline:
             seen = None if watch is None else partial(_watch_from, watch, start)
             with self._lock:
                 outputs += self._answer(records[start : start + batch_size], seen)
+        for record, output in zip(records, outputs, strict=True):
+            output.citations = cite(record["question"], output.answer, output.documents)
         return outputs if several else outputs[0]
 
     def select(
@@ -331,10 +340,9 @@ class RAGPipeline:
             for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
                 documents = records[row]["documents"]
                 selections[row] = [
-                    SelectedDocument(
-                        documents[i - 1].get("id"), documents[i - 1].get("title"), documents[i - 1]["text"], i, p
-                    )
+                    SelectedDocument(each.get("id"), each.get("title"), each["text"], i, p, each.get("page"))
                     for i, p in zip(permutation, chosen, strict=True)
+                    for each in [documents[i - 1]]
                 ]
         return selections
 
