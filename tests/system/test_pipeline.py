@@ -12,7 +12,8 @@ from trl_dro.data import DatasetError
 from trl_dro.model.prompts import PromptTooLongError
 from trl_dro.model.roles import ROLES, RolePair
 from trl_dro.retrieval import BM25Retriever
-from trl_dro.system.pipeline import _Streamer, choice_probabilities
+from trl_dro.system.pipeline import _Streamer
+from trl_dro.system.selection import choice_probabilities
 
 from ..test_faults import make_trainer
 from ..trainer.test_dro_trainer import make_dataset
