@@ -154,7 +154,7 @@ class RAGPipeline:
     @overload
     def __call__(
         self,
-        question: list[Any],
+        question: Sequence[Any],
         documents: Sequence[Any] | None = ...,
         retriever: Retriever | None = ...,
         batch_size: int = ...,
@@ -166,7 +166,7 @@ class RAGPipeline:
         Selects documents and answers from them.
 
         Args:
-            question (`str`, `list[dict]`, or a list of either):
+            question (`str`, `list[dict]`, or a sequence of either):
                 A question, a dialogue (`{role, content}` messages that end with the user's), or several of them.
             documents (`list[dict]` or `list[str]`, or one such list per question, *optional*):
                 Candidates in retrieval order, with `text` and optionally `id` and `title`. The first
@@ -189,8 +189,9 @@ class RAGPipeline:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number from 1, not {batch_size!r}: raise it")
-        several = isinstance(question, list) and not _is_dialogue(question)
-        questions = question if several else [question]
+        # A column of a dataset is a sequence, but no list.
+        several = isinstance(question, Sequence) and not isinstance(question, str) and not _is_dialogue(question)
+        questions = list(question) if several else [question]
         candidates = documents if several or documents is None else [documents]
         records = self._records(questions, candidates, retriever or self.retriever)
         outputs: list[RAGOutput] = []
@@ -414,5 +415,5 @@ class _Streamer(TextIteratorStreamer):
             super().put(value)
 
 
-def _is_dialogue(question: list[Any]) -> bool:
+def _is_dialogue(question: Sequence[Any]) -> bool:
     return bool(question) and isinstance(question[0], dict)
