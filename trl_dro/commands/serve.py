@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
@@ -95,5 +96,8 @@ def serve(args: ServeArguments) -> None:
     for each in sockets:
         address, port = each.getsockname()[:2]
         print(f"serving on http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops)", flush=True)
-    app = create_app(pipe, args, hosts, api_key)
+    # A path of this machine is nobody's business.
+    name = Path(str(args.model)).resolve().name if os.path.isdir(str(args.model)) else str(args.model)
+    print(f"OpenAI's clients: the same with /v1 behind it as base_url, model {name!r}", flush=True)
+    app = create_app(pipe, args, hosts, api_key, name)
     uvicorn.Server(server_config(app, args)).run(sockets)
