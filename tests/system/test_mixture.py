@@ -44,8 +44,8 @@ def test_the_answer_has_the_greatest_sum_by_enumeration(rag):
         assert len(sums) > 1
         assert sums[normalize_answer(answer.text)] == pytest.approx(max(sums.values()), rel=1e-4)
         assert answer.logp == pytest.approx(math.log(max(sums.values())), abs=1e-4)
-        assert sorted(z for z, _ in answer.written) == every_permutation(question)
-        assert (answer.permutation, answer.text) in answer.written
+        assert sorted(z for z, _, _ in answer.written) == every_permutation(question)
+        assert (answer.permutation, answer.text) in [(z, text) for z, text, _ in answer.written]
 
 
 def test_permutations_that_may_end_early_are_added_up_too(rag):
@@ -53,7 +53,7 @@ def test_permutations_that_may_end_early_are_added_up_too(rag):
     question = QUESTIONS[1]
     [answer] = answer_questions(rag, [question], 20, LENGTH)
     permutations = [*every_permutation(question), *([i, 0] for i in (1, 2, 3))]
-    assert sorted(z for z, _ in answer.written) == sorted(permutations)
+    assert sorted(z for z, _, _ in answer.written) == sorted(permutations)
     sums = by_enumeration(rag, question, permutations)
     assert answer.logp == pytest.approx(math.log(max(sums.values())), abs=1e-4)
 

@@ -211,7 +211,7 @@ def test_answers_by_a_sum_are_those_of_the_mixture_with_its_strongest_documents(
     assert [output.answer for output in outputs[:5]] == [answer.text for answer in expected]
     assert [places(output) for output in outputs[:5]] == [answer.permutation for answer in expected]
     assert [output.logp for output in outputs[:5]] == pytest.approx([a.logp for a in expected], abs=1e-4)
-    assert any(len({text for _, text in answer.written}) > 1 for answer in expected)
+    assert any(len({text for _, text, _ in answer.written}) > 1 for answer in expected)
     assert places(outputs[5]) == [1] and outputs[5].documents[0].probability == pytest.approx(1)
     stream = pipe.stream(RECORDS[0]["question"], documents=RECORDS[0]["documents"])
     assert stream.documents == pipe(RECORDS[0]["question"], documents=RECORDS[0]["documents"]).documents

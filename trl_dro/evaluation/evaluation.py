@@ -177,7 +177,7 @@ def _score_batch(
 def _count_tokens(rag: RAGModel, record: dict[str, Any], answer: MixtureAnswer, selection: Selection) -> int:
     """Tokens read and written for one question, padding and the scoring of the gold answer left out."""
     tokens = len(rag.prompts["selector"](record["question"], record["documents"])) if selection == "selector" else 0
-    for permutation, text in answer.written:
+    for permutation, text, _ in answer.written:
         places = [place for place in permutation if place]
         documents = [record["documents"][place - 1] for place in places]
         tokens += len(rag.prompts["generator"](record["question"], documents))

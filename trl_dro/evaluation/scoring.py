@@ -171,7 +171,7 @@ def answer_from(
     permutations = select(rag, questions, selection)
     written = rag.write_answers(questions, permutations, max_answer_length)
     return [
-        MixtureAnswer(answer.text, permutation, answer.logp, [(permutation, answer.text)])
+        MixtureAnswer(answer.text, permutation, answer.logp, [(permutation, answer.text, answer.logp)])
         for permutation, answer in zip(permutations.tolist(), written, strict=True)
     ]
 

@@ -34,14 +34,15 @@ class MixtureAnswer(NamedTuple):
         logp (`float`):
             Log of the sum over the permutations that give it, \\( \log \sum_z p(z \mid x) \, p(y \mid x, d_z) \\), in
             nats.
-        written (`list[tuple[list[int], str]]`):
-            All permutations that were looked at, the most probable first, with the answer from each.
+        written (`list[tuple[list[int], str, float]]`):
+            All permutations that were looked at, the most probable first, with the answer from each, and the
+            log-probability of both.
     """
 
     text: str
     permutation: list[int]
     logp: float
-    written: list[tuple[list[int], str]]
+    written: list[tuple[list[int], str, float]]
 
 
 @torch.no_grad()
@@ -102,4 +103,4 @@ def _heaviest(answers: Sequence[tuple[list[int], WrittenAnswer, float]]) -> Mixt
     permutation, answer, _ = max(
         (each for each in answers if normalize_answer(each[1].text) == best), key=lambda each: each[2]
     )
-    return MixtureAnswer(answer.text, permutation, sums[best], [(each[0], each[1].text) for each in answers])
+    return MixtureAnswer(answer.text, permutation, sums[best], [(z, each.text, logp) for z, each, logp in answers])
