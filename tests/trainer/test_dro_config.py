@@ -20,6 +20,7 @@ IMPOSSIBLE = [
     ({"num_selected": 0}, "num_selected=0: it must be at least 1"),
     ({"num_permutations": 0}, "num_permutations=0: it must be at least 1"),
     ({"max_answer_length": 0}, "max_answer_length=0: it must be at least 1"),
+    ({"answer_permutations": 0}, "answer_permutations=0: it must be at least 1"),
     ({"maximization_epochs": 0}, "maximization_epochs=0: it must be at least 1"),
     ({"max_candidates": 4}, r"max_candidates=4: it must be at least 5 \(num_selected\)"),
     ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),

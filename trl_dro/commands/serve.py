@@ -8,7 +8,14 @@ from pathlib import Path
 from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from .arguments import CORPUS_HELP, DENSE_MODEL_HELP, SERVICE_HELP, LoadArguments, check_range
+from .arguments import (
+    ANSWER_PERMUTATIONS_HELP,
+    CORPUS_HELP,
+    DENSE_MODEL_HELP,
+    SERVICE_HELP,
+    LoadArguments,
+    check_range,
+)
 
 
 KEY_VARIABLE = "TRL_DRO_API_KEY"
@@ -26,6 +33,9 @@ class ServeArguments(ServerLimits, LoadArguments):
             Service that retrieves instead, see [`~retrieval.services.open_service`].
         dense_model (`str`, *optional*):
             Model that encodes questions for it, if it searches vectors.
+        answer_permutations (`int`, *optional*):
+            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
+            system's.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
@@ -38,12 +48,14 @@ class ServeArguments(ServerLimits, LoadArguments):
     )
     retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
     dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
+    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
 
     def __post_init__(self):
         super().__post_init__()
         check_range(self, ["port"], 0, 65535)
+        check_range(self, ["answer_permutations"], 1)
         if not self.model:
             raise ValueError("nothing to serve: name a run folder or Hub repo, trl-dro serve RUN")
 
@@ -76,6 +88,7 @@ def serve(args: ServeArguments) -> None:
         revision=args.revision,
         base_model=args.base_model,
         options=args.load_options(),
+        **({} if args.answer_permutations is None else {"answer_permutations": args.answer_permutations}),
     )
     hosts = loopback_names(args.host, sockets)
     if hosts is None and api_key is None:

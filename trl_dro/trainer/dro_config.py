@@ -89,6 +89,10 @@ class DROConfig(_BaseConfig):
             Longest document in tokens, title included.
         max_answer_length (`int`, *optional*, defaults to `64`):
             Longest answer in tokens, in training and in generation. A longer training target is an error.
+        answer_permutations (`int`, *optional*, defaults to `1`):
+            Permutations under which evaluation, and the trained system, look for an answer. `1` answers from the
+            greedy permutation. More answer from each of the most probable ones, and take the answer with the greatest
+            sum of \\( p(z \mid x) \, p(y \mid x, d_z) \\), the quantity that training maximises.
         shuffle_candidates (`bool`, *optional*, defaults to `True`):
             Shuffle each question's candidates in training, so that the selector cannot lean on their position. Never
             in evaluation.
@@ -260,6 +264,10 @@ class DROConfig(_BaseConfig):
     max_answer_length: int = field(
         default=64, metadata={"help": "Longest answer in tokens, in training and in generation."}
     )
+    answer_permutations: int = field(
+        default=1,
+        metadata={"help": "Permutations whose answers are added up when answering; 1 answers from the greedy one."},
+    )
     shuffle_candidates: bool = field(
         default=True, metadata={"help": "Shuffle each question's candidates in training. Never in evaluation."}
     )
@@ -400,6 +408,7 @@ class DROConfig(_BaseConfig):
             "num_selected": 1,
             "num_permutations": 1,
             "max_answer_length": 1,
+            "answer_permutations": 1,
             "maximization_epochs": 1,
             "max_skipped_updates": 1,
             "max_candidates": self.num_selected,
