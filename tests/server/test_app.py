@@ -12,7 +12,7 @@ from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.system.pipeline import RAGOutput
 
 from ..test_faults import save_run_that_selects_none
-from .serving import RECORDS, REQUEST, Broken, Gate, Server, Slow, until
+from .serving import RECORDS, REQUEST, Broken, Fixed, Gate, Server, Slow, until
 
 
 def test_the_answer_is_the_pipelines(server, pipe):
@@ -24,14 +24,15 @@ def test_the_answer_is_the_pipelines(server, pipe):
     assert reply["documents"][0]["probability"] == pytest.approx(expected.documents[0].probability)
 
 
-def test_the_reply_has_what_the_answer_rests_on(server, pipe):
-    answer = pipe(**REQUEST).answer
-    documents = [{**each, "page": 3} for each in REQUEST["documents"]]
-    documents = [{**each, "text": f"Nothing. It was {answer}. {each['text']}"} for each in documents]
-    reply = json.loads(server.ask(content={**REQUEST, "documents": documents})[1])
-    expected = pipe(REQUEST["question"], documents=documents)
-    assert reply["citations"] == [asdict(citation) for citation in expected.citations]
-    assert {each["page"] for each in reply["documents"]} == {3}
+def test_replies_say_what_the_answer_rests_on(pipe):
+    documents = [{"id": "a", "title": "Mills", "text": "It is old. Ada built it.", "page": 3}, {"text": "Nothing."}]
+    request = {"question": "who built it", "documents": documents}
+    with Server(Fixed(pipe, "Ada")) as server:
+        reply = json.loads(server.ask(content=request)[1])
+        last = json.loads(server.ask("/stream", request)[1].splitlines()[-1])
+    cited = {"id": "a", "title": "Mills", "page": 3, "position": 1, "sentence": "Ada built it.", "states_answer": True}
+    assert reply["citations"] == last["citations"] == [cited]
+    assert {each["position"]: each["page"] for each in reply["documents"]} == {1: 3, 2: None}
 
 
 def test_a_stream_is_the_documents_and_then_the_answer_in_pieces(server, pipe):
