@@ -36,6 +36,11 @@ def test_of_sentences_that_state_the_answer_the_one_nearest_to_the_question_is_c
     assert sentences(dialogue, "Ada Stone", text)[0][1] == "Ada Stone was born in Lindau."
 
 
+def test_a_sentence_that_states_the_answer_goes_before_one_that_has_its_words():
+    text = "The gallery in the mill shows art. An art gallery is near."
+    assert sentences("what is in the mill", "art gallery", text) == [("d1", "An art gallery is near.", True)]
+
+
 def test_words_of_an_answer_within_others_are_no_answer():
     assert sentences("what is it", "art", "A party. Nothing.") == []
 
