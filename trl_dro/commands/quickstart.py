@@ -7,7 +7,7 @@ import importlib.util
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ..data.resumable import fingerprint, write_json
 from ..data.schema import DatasetError
 from ..data.storage import DEFAULT_CACHE_DIR, alone_in, different
 from ..system.rag_config import CONFIG_FILE
-from .arguments import CORPUS_HELP, check_range
+from .arguments import CORPUS_HELP, CuttingArguments, check_range
 from .questions import DEV_FILE, SUMMARY_FILE, TRAIN_FILE, write_lines
 
 
@@ -29,9 +29,9 @@ MOST_HELD_OUT = 500
 
 
 @dataclass
-class QuickstartArguments:
+class QuickstartArguments(CuttingArguments):
     """
-    Documents, questions if there are any, and a model.
+    Documents, questions if there are any, and a model; see also [`CuttingArguments`].
 
     Args:
         corpus (`str`):
@@ -89,6 +89,7 @@ class QuickstartArguments:
             raise ValueError("no --questions, and nobody to write some: pass --model_name_or_path or --api_base")
         if self.questions is not None and self.api_base is not None:
             raise ValueError("--questions are there already: leave out --api_base")
+        self.cut()
         check_range(self, ["max_passages", "max_steps"], 1)
         check_range(self, ["dev_share"], 0.01, 0.9)
 
@@ -185,7 +186,7 @@ def quickstart(args: QuickstartArguments) -> None:
     """
     folder = Path(args.output_dir)
     with alone_in(folder):
-        corpus = open_corpus(args.corpus, args.cache_dir)
+        corpus = open_corpus(args.corpus, args.cache_dir, *args.cut())
         settings = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
         settings["corpus_sha256"] = corpus.fingerprint
         if args.questions is not None:
@@ -219,7 +220,7 @@ def quickstart(args: QuickstartArguments) -> None:
                 print(f"[{number}/{len(stages)}] {stage.title}\n  {_shown(stage)}")
             else:
                 _run(stage, f"[{number}/{len(stages)}] ")
-    serve = shlex.join(["trl-dro", "serve", str(folder / "run"), "--corpus", args.corpus])
+    serve = shlex.join(["trl-dro", "serve", str(folder / "run"), "--corpus", args.corpus, *_cut_words(args)])
     when = "Afterwards this" if args.dry_run else "This"
     print(f"\n{when} answers questions over HTTP, with a page to try it:\n  {serve}")
 
@@ -254,7 +255,7 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
         Stage(
             f"retrieve candidates, {split}",
             ["retrieve", "--questions", str(folder / "questions" / f"{split}.jsonl"), "--corpus", args.corpus]
-            + ["--output_dir", str(data), "--split", split, "--cache_dir", args.cache_dir],
+            + ["--output_dir", str(data), "--split", split, "--cache_dir", args.cache_dir, *_cut_words(args)],
             (data / split / "retrieval.json").is_file,
         )
         for split in ("train", "dev")
@@ -287,11 +288,17 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
 
 def _question_words(args: QuickstartArguments, folder: Path) -> list[str]:
     words = ["questions", args.corpus, "--output_dir", str(folder), "--cache_dir", args.cache_dir]
-    words += ["--max_passages", str(args.max_passages), "--dev_share", str(args.dev_share)]
+    words += ["--max_passages", str(args.max_passages), "--dev_share", str(args.dev_share), *_cut_words(args)]
     for name in ("model_name_or_path", "api_base", "api_model"):
         if (value := getattr(args, name)) is not None:
             words += [f"--{name}", value]
     return words + (["--device", "cpu"] if args.use_cpu else [])
+
+
+def _cut_words(args: QuickstartArguments) -> list[str]:
+    """Flags of how documents are cut, where that is not the usual way."""
+    flags = zip(fields(CuttingArguments), args.cut(), strict=True)
+    return [word for flag, value in flags if value != flag.default for word in (f"--{flag.name}", str(value))]
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

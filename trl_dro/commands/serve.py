@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from .arguments import CORPUS_HELP, DENSE_MODEL_HELP, SERVICE_HELP, LoadArguments, check_range
+from .arguments import CORPUS_HELP, DENSE_MODEL_HELP, SERVICE_HELP, CuttingArguments, LoadArguments, check_range
 
 
 KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeArguments(ServerLimits, LoadArguments):
+class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
     """
-    What is served, and where; see also [`LoadArguments`] and [`ServerLimits`].
+    What is served, and where; see also [`LoadArguments`], [`CuttingArguments`] and [`ServerLimits`].
 
     Args:
         corpus (`str`, *optional*):
@@ -42,6 +42,7 @@ class ServeArguments(ServerLimits, LoadArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.cut()
         check_range(self, ["port"], 0, 65535)
         if not self.model:
             raise ValueError("nothing to serve: name a run folder or Hub repo, trl-dro serve RUN")
@@ -67,7 +68,7 @@ def serve(args: ServeArguments) -> None:
     if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
         selector=args.selector,

@@ -27,13 +27,13 @@ from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
 from ..trainer.ranges import check_model_settings
 from ..trainer.run import checkpoints_of_run
 from ..trainer.sharding import shards
-from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
+from .arguments import CORPUS_HELP, DATASET_HELP, CuttingArguments, LaunchArguments, check_range
 
 
 @dataclass
-class TrainArguments(LaunchArguments):
+class TrainArguments(LaunchArguments, CuttingArguments):
     """
-    Data, adapters to start from, and processes.
+    Data, adapters to start from, and processes; see also [`CuttingArguments`].
 
     Args:
         dataset_name (`str`, *optional*):
@@ -105,6 +105,7 @@ class TrainArguments(LaunchArguments):
             )
         if not (self.questions or self.dataset_name or self.dry_run):
             raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
+        self.cut()
         check_range(self, ["max_eval_questions"], 1)
 
 
@@ -116,7 +117,7 @@ def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Datas
         if args.dataset_test_split:
             eval_dataset = load_records(args.dataset_name, args.dataset_test_split)
     else:
-        retriever = BM25Retriever(read_corpus(str(args.corpus)))
+        retriever = BM25Retriever(read_corpus(str(args.corpus), *args.cut()))
         train_dataset = retrieve_candidates(read_questions(str(args.questions)), retriever, max_candidates)
         if args.eval_questions is not None:
             eval_dataset = retrieve_candidates(read_questions(args.eval_questions), retriever, max_candidates)

@@ -39,6 +39,8 @@ class SelectedDocument:
         probability (`float`):
             Probability with which the selector chose it next, given the question, the candidates and the documents
             chosen before it.
+        page (`int`, *optional*):
+            Page that it begins on, if it was cut from a document with pages.
     """
 
     id: str | None
@@ -46,6 +48,7 @@ class SelectedDocument:
     text: str
     position: int
     probability: float
+    page: int | None = None
 
 
 @dataclass
@@ -331,10 +334,9 @@ class RAGPipeline:
             for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
                 documents = records[row]["documents"]
                 selections[row] = [
-                    SelectedDocument(
-                        documents[i - 1].get("id"), documents[i - 1].get("title"), documents[i - 1]["text"], i, p
-                    )
+                    SelectedDocument(each.get("id"), each.get("title"), each["text"], i, p, each.get("page"))
                     for i, p in zip(permutation, chosen, strict=True)
+                    for each in [documents[i - 1]]
                 ]
         return selections
 
