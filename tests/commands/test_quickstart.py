@@ -111,6 +111,13 @@ def test_every_command_cuts_the_documents_alike(world, capsys):
     assert "--overlap_words 1" in capsys.readouterr().out
 
 
+def test_both_trainings_do_the_same_with_long_answers(world, capsys):
+    quickstart(arguments(dry_run=True, long_answers="drop"))
+    flags = "--long_answers drop --max_answer_length 64"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if flags in line] == ["warmup", "train", "train"]
+
+
 def test_one_question_is_too_few(world):
     (world / "questions.jsonl").write_text('{"question": "Who?", "answers": ["Ada"]}\n')
     with pytest.raises(DatasetError, match="one question cannot be trained on and evaluated too"):

@@ -19,7 +19,8 @@ from ..data.lines import read_json_object
 from ..data.resumable import fingerprint, write_json
 from ..data.schema import DatasetError
 from ..data.storage import DEFAULT_CACHE_DIR, alone_in, different
-from ..system.rag_config import CONFIG_FILE
+from ..system.rag_config import CONFIG_FILE, RAGConfig
+from ..trainer.inputs import LongAnswers
 from .arguments import CORPUS_HELP, CuttingArguments, check_range
 from .questions import DEV_FILE, SUMMARY_FILE, TRAIN_FILE, write_lines
 
@@ -53,6 +54,8 @@ class QuickstartArguments(CuttingArguments):
         max_steps (`int`, *optional*):
             Updates of training; by default three passes over the questions, 200 updates at most on a CPU and 2,000 on
             an accelerator.
+        long_answers (`str`, *optional*, defaults to `"error"`):
+            What becomes of answers of over 64 tokens: an `"error"`, or `"drop"` or `"truncate"`, see `trl-dro train`.
         use_cpu (`bool`, *optional*, defaults to `False`):
             Whether to leave accelerators alone.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -78,6 +81,9 @@ class QuickstartArguments(CuttingArguments):
     max_passages: int = field(default=2000, metadata={"help": "Passages that questions are written about."})
     dev_share: float = field(default=0.2, metadata={"help": "Share of the questions that is held out."})
     max_steps: int | None = field(default=None, metadata={"help": "Updates of training."})
+    long_answers: LongAnswers = field(
+        default="error", metadata={"help": "Answers of over 64 tokens: an error, or drop or truncate them."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     dry_run: bool = field(default=False, metadata={"help": "Say what is decided, and run nothing that takes a model."})
     cache_dir: str = field(
@@ -249,6 +255,8 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
         "report_to": "none",
         "lora_target_modules": "all-linear",
     }
+    if args.long_answers != "error":
+        flags |= {"long_answers": args.long_answers, "max_answer_length": RAGConfig.max_answer_length}
     both = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     both += [*model, *device, "--dataset_name", str(data)]
     stages = [

@@ -94,7 +94,7 @@ class DROConfig(_BaseConfig):
         max_document_length (`int`, *optional*):
             Longest document in tokens, title included.
         max_answer_length (`int`, *optional*, defaults to `64`):
-            Longest answer in tokens, in training and in generation. A longer training target is an error.
+            Longest answer in tokens, in training and in generation. A longer target is an error (`--long_answers`).
         shuffle_candidates (`bool`, *optional*, defaults to `True`):
             Shuffle each question's candidates in training, so that the selector cannot lean on their position. Never
             in evaluation.
