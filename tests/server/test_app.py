@@ -3,6 +3,7 @@ import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def test_a_stream_is_the_documents_and_then_the_answer_in_pieces(server, pipe):
     expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
     assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 2
     assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+
+
+def test_an_answer_by_a_sum_is_streamed_when_it_has_won(pipe):
+    pipe = RAGPipeline(pipe.rag, replace(pipe.config, answer_permutations=6))
+    expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
+    with Server(pipe) as server:
+        assert json.loads(server.ask()[1])["answer"] == expected.answer
+        lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
+    assert [document["id"] for document in lines[0]["documents"]] == [document.id for document in expected.documents]
+    assert lines[1:] == [{"text": expected.answer}]
 
 
 def test_texts_and_dialogues_are_understood(server):
@@ -218,9 +229,10 @@ def test_where_none_is_selected_the_reply_names_no_document(tmp_path):
     expected = pipe(**REQUEST)
     with torch.no_grad():
         alone = pipe.rag.answer([REQUEST], torch.zeros(1, 2, dtype=torch.long), 6)
-    assert expected == RAGOutput(alone[0], []) and alone[0]
+    assert expected == RAGOutput(alone[0], [], expected.logp) and alone[0]
     with Server(pipe) as server:
-        assert json.loads(server.ask()[1]) == {"answer": expected.answer, "documents": []}
+        reply = json.loads(server.ask()[1])
+        assert reply == {"answer": expected.answer, "documents": [], "logp": pytest.approx(expected.logp)}
         lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
     assert lines[0] == {"documents": []}
     assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer

@@ -719,6 +719,22 @@ def test_evaluation_reports_both_roles_and_the_retriever_and_repeats_exactly(mak
     assert all(one_by_one[f"eval_{name}"] == pytest.approx(first[f"eval_{name}"], abs=1e-4) for name in names)
 
 
+def test_evaluation_by_a_sum_is_that_of_the_saved_system(make_trainer):
+    dataset = make_dataset(6)
+    trainer = make_trainer(eval_dataset=dataset, answer_permutations=6, max_answer_length=4)
+    answers = trainer.predict(dataset).predictions.tolist()
+    trainer.save_model()
+    pipe = RAGPipeline.from_pretrained(trainer.args.output_dir, options=LoadOptions(device="cpu"))
+    assert pipe.config.answer_permutations == 6
+    outputs = pipe(dataset["question"], documents=dataset["documents"])
+    assert [output.answer for output in outputs] == answers
+    greedy = RAGPipeline.from_pretrained(
+        trainer.args.output_dir, options=LoadOptions(device="cpu"), answer_permutations=1
+    )
+    outputs = greedy(dataset["question"], documents=dataset["documents"])
+    assert [output.answer for output in outputs] != answers
+
+
 def test_evaluation_leaves_trainings_draws_alone(make_trainer):
     losses = []
     for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):

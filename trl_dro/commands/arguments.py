@@ -30,6 +30,8 @@ SERVICE_HELP = (
 )
 DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
 
+ANSWER_PERMUTATIONS_HELP = "Answer from so many permutations, and take the answer with the most probability over all."
+
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
     "Passages: jsonl, tsv, csv (each may be gz), json, parquet, Hub id (`id` or `id:config`); or a document, or a "
@@ -206,6 +208,9 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
             Ask the first ones only.
         max_candidates (`int`, *optional*):
             Candidates per question, n, instead of the trained system's.
+        answer_permutations (`int`, *optional*):
+            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
+            system's.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Prompt tokens computed at a time; halved where memory runs out.
         on_error (`str`, *optional*, defaults to `"stop"`):
@@ -223,6 +228,7 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
+    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
     on_error: Literal["stop", "skip"] = field(
         default="stop",
@@ -232,7 +238,7 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.cut()
-        check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)
+        check_range(self, ["max_questions", "max_candidates", "answer_permutations", "tokens_per_batch"], 1)
         if self.num_processes is not None and self.num_processes > 1 and ":" in (self.device or ""):
             raise ValueError(f"--device {self.device} is one device, for which processes would queue: leave it out")
 

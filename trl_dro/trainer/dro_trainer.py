@@ -475,7 +475,8 @@ class DROTrainer(RoleTrainer):
 
     def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
         """Answer of each question, and its scores by name, each of shape `(B,)`."""
-        answers, scores = answer_and_score(self.rag, questions, self.args.max_answer_length)
+        length, num_answers = self.args.max_answer_length, self.args.answer_permutations
+        answers, scores = answer_and_score(self.rag, questions, length, num_answers)
         keys = [f"{self.args.seed}, {question_text(question['question'])}" for question in questions]
         _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
         samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
