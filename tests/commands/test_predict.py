@@ -51,6 +51,7 @@ def test_answers_are_those_of_the_pipeline(folder, questions, tmp_path):
         assert row["selected"] == [document.position for document in output.documents]
         for name in ("id", "title", "text"):
             assert row[f"selected_{name}s"] == [getattr(document, name) for document in output.documents]
+        assert row["citations"] == [vars(citation) for citation in output.citations]
         assert row["probabilities"] == pytest.approx([document.probability for document in output.documents], abs=1e-4)
 
 

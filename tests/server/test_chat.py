@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_the_official_client_gets_the_pipelines_answer(server, pipe):
     [choice] = reply.choices
     assert (choice.message.role, choice.message.content) == ("assistant", expected.answer)
     assert [each["id"] for each in reply.documents] == [each.id for each in expected.documents]
+    assert reply.citations == [asdict(each) for each in expected.citations]
     documents = [vars(each) for each in expected.documents]
     assert reply.usage.prompt_tokens == len(pipe.rag.prompts["generator"](REQUEST["question"], documents))
     tokens = len(text_ids(pipe.rag.tokenizers["generator"], [expected.answer])[0])
@@ -50,6 +52,7 @@ def test_the_official_client_gets_the_answer_in_pieces(server, pipe):
     assert [each["id"] for each in answered[0].documents] == [each.id for each in expected.documents]
     assert [chunk.choices[0].finish_reason for chunk in answered[:-1]] == [None] * (len(answered) - 1)
     assert answered[-1].choices[0].finish_reason in ("stop", "length")
+    assert answered[-1].citations == [asdict(each) for each in expected.citations]
     assert usage.choices == [] and usage.usage == ask(server).usage
 
 

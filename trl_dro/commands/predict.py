@@ -65,7 +65,8 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
         `list[dict]`: for each question its `row`, `id`, `question`, `answer`, `logp` in nats (see
         [`~pipeline.RAGOutput`]), and of the selected documents, best first, `selected` (places among the candidates,
         from 1), `selected_ids`, `selected_titles`, `selected_texts` and `probabilities`, each that of the document
-        being chosen next. Rows that are skipped are not among them.
+        being chosen next; and `citations`, each with the fields of [`~citations.Citation`]. Rows that are skipped are
+        not among them.
 
     Raises:
         `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
@@ -141,4 +142,5 @@ def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:
         "selected_titles": [document.title for document in output.documents],
         "selected_texts": [document.text for document in output.documents],
         "probabilities": [document.probability for document in output.documents],
+        "citations": [asdict(citation) for citation in output.citations],
     }

@@ -47,8 +47,8 @@ def create_app(
 
     | request | reply |
     | --- | --- |
-    | `POST /answer` with `{question, documents}` | `{answer, documents: [{id, title, text, position, probability}]}` |
-    | `POST /stream` with the same | lines of JSON: `{documents}`, then `{text}` for each piece of the answer |
+    | `POST /answer` with `{question, documents}` | `{answer, documents, citations}`, see [`~pipeline.RAGOutput`] |
+    | `POST /stream` with the same | lines of JSON: `{documents}`, `{text}` for each piece, `{citations}` |
     | `POST /v1/chat/completions` | as OpenAI's, with `documents` beside `choices`; see [`~chat.ChatIn`] |
     | `GET /v1/models` | the one that there is |
     | `GET /health` | `{status, waiting, last_error}`; 503 if the server must be restarted |
@@ -155,8 +155,9 @@ def _add_pages(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
 
 
 async def _lines(answers: AsyncGenerator[RAGOutput, None]) -> AsyncGenerator[str, None]:
-    """Lines of a streamed answer: its documents, and each piece of its text."""
+    """Lines of a streamed answer: its documents, each piece of its text, and what it rests on."""
     begun = False
+    output = None
     async for output, text in pieces(answers):
         if not begun:
             documents = [asdict(document) for document in output.documents]
@@ -164,3 +165,5 @@ async def _lines(answers: AsyncGenerator[RAGOutput, None]) -> AsyncGenerator[str
             begun = True
         if text:
             yield json.dumps({"text": text}) + "\n"
+    assert output is not None  # the last one is the whole answer
+    yield json.dumps({"citations": [asdict(citation) for citation in output.citations]}) + "\n"

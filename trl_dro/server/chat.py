@@ -120,11 +120,11 @@ class Completion:
         """The reply that is not streamed."""
         message = {"role": "assistant", "content": output.answer, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason(output)}
-        usage = self.usage(output)
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage, **documents(output)}
+        own = {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage(output)}
+        return {**own, **documents(output), **citations(output)}
 
     async def events(self, answers: AsyncGenerator[RAGOutput, None], with_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events: the documents with the first chunk, each piece of the answer, and why it ended."""
+        """Server-sent events: the documents with the first chunk, pieces, and with the last one the citations."""
         output = None
         async for output, text in pieces(answers):
             if self.begun and text:
@@ -133,7 +133,7 @@ class Completion:
                 self.begun = True
                 yield self.event({"role": "assistant", "content": text}, **documents(output))
         assert output is not None  # the last one is the whole answer
-        yield self.event({}, self.finish_reason(output))
+        yield self.event({}, self.finish_reason(output), **citations(output))
         if with_usage:
             yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(output)})
         yield "data: [DONE]\n\n"
@@ -158,8 +158,13 @@ class Completion:
 
 
 def documents(output: RAGOutput) -> dict[str, Any]:
-    """What a reply has beside OpenAI's own fields."""
+    """Selected documents, beside OpenAI's own fields."""
     return {"documents": [asdict(document) for document in output.documents]}
+
+
+def citations(output: RAGOutput) -> dict[str, Any]:
+    """What the answer rests on, beside OpenAI's own fields."""
+    return {"citations": [asdict(citation) for citation in output.citations]}
 
 
 def event(content: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ class DocumentIn(BaseModel):
     id: str | None = None
     title: str | None = None
     text: str
+    page: int | None = None
 
 
 class MessageIn(BaseModel):

@@ -3,7 +3,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
@@ -17,6 +17,7 @@ from ..model.prompts import Question, question_text
 from ..model.rag_model import RAGModel
 from ..model.roles import Role, note_role
 from ..retrieval import Retriever
+from .citations import Citation, cite
 from .mixture import answer_questions
 from .rag_config import RAGConfig
 from .run_folder import LoadOptions, RoleSource, export_merged, find_system, load_rag, with_num_selected
@@ -37,11 +38,14 @@ class RAGOutput:
         logp (`float`):
             Log-probability in nats that these documents are selected and the answer is given from them, or its sum;
             while the answer is being written, of the selection alone.
+        citations (`list[Citation]`):
+            What the answer rests on among the documents, see [`~citations.cite`]; none while it is being written.
     """
 
     answer: str
     documents: list[SelectedDocument]
     logp: float = 0.0
+    citations: list[Citation] = field(default_factory=list)
 
 
 # Sees a question's place and its output so far, or `None` while nothing of it is certain; returns whether to leave it.
@@ -199,6 +203,8 @@ class RAGPipeline:
             seen = None if watch is None else partial(_watch_from, watch, start)
             with self._lock:
                 outputs += self._answer(records[start : start + batch_size], seen)
+        for record, output in zip(records, outputs, strict=True):
+            output.citations = cite(record["question"], output.answer, output.documents)
         return outputs if several else outputs[0]
 
     def select(
