@@ -11,11 +11,13 @@ memory that the process had with what the dry run says, for each base with and w
 ```
 
 On a CPU, "measured" is the peak of resident memory less what was resident before the model was loaded; on a GPU, the
-allocator's peak. Each setting runs in a process of its own, since a peak cannot be taken back.
+allocator's peak. Each setting runs in a process of its own, since a peak cannot be taken back, with glibc told to
+return large blocks when they are freed: by default it keeps them, and what is measured is then its habit.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from trl_dro.trainer.plan import Lengths, Models, make_plan
 
 
 GIB = 2**30
+RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
 def write_random(name: str, folder: Path, num_candidates: int) -> None:
@@ -150,7 +153,8 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> None:
         for checkpointing in (False, True):
             setting: dict[str, Any] = {"base": base, "checkpointing": checkpointing}
             command = [sys.executable, __file__, *arguments, "--one", json.dumps(setting)]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            environment = os.environ | RETURN_BLOCKS
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found = json.loads(run.stdout.splitlines()[-1])
             rows.append({"base": base.rstrip("/").split("/")[-1], "checkpointing": checkpointing, **found})
             numbers = [f"{found[name] / GIB:.2f}" for name in ("weights", "estimate", "measured")]
