@@ -51,7 +51,7 @@ clean:
 
 # What only tests need, so that the demo starts sooner.
 .venv/.extras: .venv/.installed
-	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[langchain,llama-index,rerankers,serve]"
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[langchain,llama-index,rerankers,serve]" openai
 	touch $@
 
 .venv/.docs: .venv/.installed

@@ -49,10 +49,10 @@ from trl_dro.data.resumable import complete_rows
 from trl_dro.demo.tiny import TINY_MODEL
 from trl_dro.demo.world import synthetic_world
 from trl_dro.evaluation.scoring import is_relevant, score_bounds, score_prediction, select
-from trl_dro.metrics.text import exact_match, f1, has_answer, normalize_answer, recall_at_k
+from trl_dro.metrics.text import exact_match, f1, has_answer, recall_at_k
 from trl_dro.model.importance import effective_sample_size, importance_weights
 from trl_dro.model.prompts import document_body
-from trl_dro.model.sampling import PermutationSamples
+from trl_dro.system.mixture import answer_questions
 from trl_dro.trainer.estimation import draw, reordered
 from trl_dro.trainer.schedule import MicroBatch
 
@@ -91,7 +91,7 @@ class Settings:
     bound_permutations: int = setting(4, "Permutations sampled per evaluated question for bound and ESS; 0: none.")
     oracle: bool = setting(False, "Also answer from the candidates that contain an answer.")
     mixture: int = setting(
-        0, "Also answer from so many permutations each and take the answer with the most probability over all; 0: no."
+        0, "Also answer by the sum over so many permutations, answer_permutations of DROConfig; 0: no."
     )
     dtype: str = setting("float32", "Precision of the base. bfloat16 where the processor computes in it.")
     lora_r: int = setting(16, "Rank of the adapters; alpha is twice that.")
@@ -385,13 +385,11 @@ class Run:
         used = {"selector": rag.sample([question], 1, greedy=True, read=read).permutations[0, 0].tolist()}
         for selection in ("retriever", *(["oracle"] if s.oracle else [])):
             used[selection] = select(rag, [question], selection)[0].tolist()
-        mixed = None
-        if s.mixture:
-            mixed = rag.sample([question], s.mixture, seeds=seed, read=read, sampling="distinct")
-        every = [*used.values(), *(mixed.permutations[0].tolist() if mixed else [])]
-        asked = sorted({tuple(permutation) for permutation in every})
-        texts = rag.answer([question] * len(asked), torch.tensor(asked), s.max_answer_length)
-        answers = dict(zip(asked, texts, strict=True))
+        [mixed] = answer_questions(rag, [question], s.mixture, s.max_answer_length, read) if s.mixture else [None]
+        answers = {tuple(permutation): text for permutation, text, _ in mixed.written} if mixed else {}
+        asked = sorted({tuple(permutation) for permutation in used.values()} - answers.keys())
+        texts = rag.answer([question] * len(asked), torch.tensor(asked), s.max_answer_length) if asked else []
+        answers |= dict(zip(asked, texts, strict=True))
         for selection, permutation in used.items():
             answer, chosen = answers[tuple(permutation)], [question["documents"][place - 1] for place in permutation]
             scores = score_prediction(answer, chosen, question["documents"], question["answers"])
@@ -400,7 +398,12 @@ class Run:
             if selection == "selector":
                 row |= {name: value for name, value in scores.items() if "recall" in name} | {"selected": permutation}
         if mixed:
-            row |= self.mixture(trainer, question, mixed, answers)
+            row |= {
+                "em_mixture": float(exact_match(mixed.text, question["answers"])),
+                "f1_mixture": f1(mixed.text, question["answers"]),
+                "answer_mixture": mixed.text,
+                "written": [(permutation, text, round(logp, 3)) for permutation, text, logp in mixed.written],
+            }
         every = list(itertools.permutations(range(1, len(question["documents"]) + 1), s.num_selected))
         if len(every) <= MOST_PERMUTATIONS:
             logps = rag.permutation_logps([question], torch.tensor([every]), read=read)
@@ -412,35 +415,6 @@ class Run:
             row["iwae_bound"] = score_bounds(logps, samples.correction, s.sampling)["iwae_bound"].item()
             row["ess"] = effective_sample_size(importance_weights(logps, samples.correction)).item()
         return row
-
-    def mixture(
-        self,
-        trainer: DROTrainer,
-        question: dict[str, Any],
-        samples: PermutationSamples,
-        answers: dict[tuple[int, ...], str],
-    ) -> dict[str, Any]:
-        """
-        EM and F1 of the answer with the greatest sum of p(z|x) p(y|x, z) over the permutations that give it (RAG's
-        fast decoding, Lewis et al. 2020), by the selector's p(z|x); and what that needs, to try others afterwards.
-        """
-        kept = [i for i, correction in enumerate(samples.correction[0].tolist()) if correction > float("-inf")]
-        permutations = samples.permutations[0, kept]
-        texts = [answers[tuple(permutation)] for permutation in permutations.tolist()]
-        own = trainer.rag.answer_logps([question] * len(kept), [[text] for text in texts], permutations.unsqueeze(1))
-        weights = samples.correction[0, kept] + own[:, 0].cpu()
-        mass: dict[str, float] = {}
-        for text, weight in zip(texts, weights.exp().tolist(), strict=True):
-            mass[normalize_answer(text)] = mass.get(normalize_answer(text), 0.0) + weight
-        best = max(range(len(texts)), key=lambda i: (mass[normalize_answer(texts[i])], weights[i].item()))
-        return {
-            "em_mixture": float(exact_match(texts[best], question["answers"])),
-            "f1_mixture": f1(texts[best], question["answers"]),
-            "answer_mixture": texts[best],
-            "mixed": permutations.tolist(),
-            "mixed_answers": texts,
-            "mixed_logps": [round(logp, 3) for logp in own[:, 0].tolist()],
-        }
 
 
 @contextmanager

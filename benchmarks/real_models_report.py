@@ -65,7 +65,8 @@ def result_table(rows: list[Row], out: Path) -> Table:
     table = Table(box=box.MARKDOWN)
     for heading in (
         *("arm", "seeds", "EM", "F1", "EM, retriever's order", "EM, mixture", "Recall@1", f"Recall@{top}"),
-        *(f"Recall@{top} against the retriever", "EM against sft", "bound", "ESS", "processor min"),
+        *(f"Recall@{top} against the retriever", "EM against sft", "EM, mixture, against sft"),
+        *("EM, mixture, against that of sft", "bound", "ESS", "processor min"),
     ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, of_seed in questions.items():
@@ -75,23 +76,34 @@ def result_table(rows: list[Row], out: Path) -> Table:
         def percent(name: str, of_seed=of_seed, seeds=seeds) -> str:
             return f"{100 * mean(pooled(of_seed, seeds, name)):.1f}"
 
-        against = ""
-        if arm != "sft" and "sft" in questions and (both := sorted(of_seed.keys() & questions["sft"].keys())):
-            baseline = pooled(questions["sft"], both, system("sft", "em"))
-            against = compared(pooled(of_seed, both, system(arm, "em")), baseline)
+        def against(name: str, other: str, arm=arm, of_seed=of_seed) -> str:
+            """A score compared with one of `sft`, on the questions that have both."""
+            sft = questions.get("sft", {})
+            both = sorted(of_seed.keys() & sft.keys())
+            if (
+                not both
+                or name not in of_seed[both[0]][0]
+                or other not in sft[both[0]][0]
+                or (arm, name) == ("sft", other)
+            ):
+                return ""
+            return compared(pooled(of_seed, both, name), pooled(sft, both, other))
+
         recall, retriever = (pooled(of_seed, seeds, f"{who}recall@{top}") for who in ("", "retriever_"))
         table.add_row(
             *(arm, str(len(seeds)), percent(system(arm, "em")), percent(system(arm, "f1")), percent("em_retriever")),
             percent("em_mixture") if "em_mixture" in next(iter(of_seed.values()))[0] else "",
             *("" if arm == "sft" else percent(f"recall@{k}") for k in (1, top)),
             "" if arm == "sft" else compared(recall, retriever),
-            against,
+            against(system(arm, "em"), system("sft", "em")),
+            against("em_mixture", system("sft", "em")),
+            against("em_mixture", "em_mixture"),
             *(f"{mean(row[name] for row in own):.2f}" if name in own[0] else "" for name in ("iwae_bound", "ess")),
             f"{mean(row['train_seconds'] + row['eval_seconds'] for row in own) / 60:.1f}",
         )
     first = next(iter(questions.values()))
     recalls = [f"{100 * mean(pooled(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
-    table.add_row("retriever", *[""] * 5, *recalls, *[""] * 5)
+    table.add_row("retriever", *[""] * 5, *recalls, *[""] * 7)
     return table
 
 

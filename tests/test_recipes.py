@@ -5,6 +5,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from datasets import Dataset
 
 from trl_dro.commands import train
 from trl_dro.commands.cli import main, make_parser
@@ -56,7 +57,10 @@ def test_small_models_fit_the_devices_that_their_recipe_names(model, hub_cache, 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_dry_runs_with_data_and_with_none(recipe, hub_cache, tmp_path, monkeypatch, capsys):
     fill_hub_cache(hub_cache)
-    make_questions(num_documents=20).save_to_disk(tmp_path / "data")
+    questions = make_questions(num_documents=20).to_list()
+    for question in questions:  # as they are retrieved
+        question["documents"] = [{**each, "score": 9.0 / (i + 1)} for i, each in enumerate(question["documents"])]
+    Dataset.from_list(questions).save_to_disk(tmp_path / "data")
     shown = dry_run(monkeypatch, capsys, recipe, "--dataset_name", tmp_path / "data")
     assert "4 to train on" in shown and "counted" in shown and "updates" in shown
 
@@ -96,7 +100,8 @@ def test_header_has_the_commands_that_run_the_recipe(recipe):
             assert words[1] == str(recipe)
             [training_args, _] = others
             shown = (training_args.max_candidates, training_args.num_selected)
-            assert shown == ((5, 2) if training_args.use_cpu else (20, 5))
+            scored = training_args.selector_form == "query_likelihood"
+            assert shown == ((5, 1 if scored else 2) if training_args.use_cpu else (20, 5))
             assert Path(training_args.output_dir).name == recipe.stem
 
 

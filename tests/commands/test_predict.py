@@ -51,7 +51,19 @@ def test_answers_are_those_of_the_pipeline(folder, questions, tmp_path):
         assert row["selected"] == [document.position for document in output.documents]
         for name in ("id", "title", "text"):
             assert row[f"selected_{name}s"] == [getattr(document, name) for document in output.documents]
+        assert row["citations"] == [vars(citation) for citation in output.citations]
         assert row["probabilities"] == pytest.approx([document.probability for document in output.documents], abs=1e-4)
+
+
+def test_answers_by_a_sum_are_those_of_the_pipeline(folder, questions, tmp_path):
+    predictions = predict(arguments(folder, tmp_path, questions=str(questions), answer_permutations=5))
+    pipe = RAGPipeline.from_pretrained(folder, options=LoadOptions(device="cpu"), answer_permutations=5)
+    records = [json.loads(line) for line in questions.read_text().splitlines()]
+    outputs = pipe([r["question"] for r in records], [r["documents"] for r in records])
+    assert [(row["answer"], row["selected"]) for row in predictions] == [
+        (output.answer, [document.position for document in output.documents]) for output in outputs
+    ]
+    assert [row["logp"] for row in predictions] == pytest.approx([output.logp for output in outputs], abs=1e-3)
 
 
 def test_an_interrupted_call_goes_on_and_a_finished_one_loads_no_model(folder, questions, tmp_path, monkeypatch):

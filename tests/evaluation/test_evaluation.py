@@ -57,12 +57,27 @@ def test_a_run_scores_as_its_trainer_says(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "questions.jsonl", "settings.json"]
 
 
+def test_answers_by_a_sum_are_the_pipelines_and_all_that_was_read_is_counted(trained, tmp_path):
+    folder, dataset, _ = trained
+    pipe = RAGPipeline.from_pretrained(folder, options=CPU, answer_permutations=4)
+    rows = run(lambda: pipe, dataset, tmp_path / "sum")
+    outputs = pipe(dataset["question"], documents=dataset["documents"], batch_size=12)
+    assert [row["prediction"] for row in rows] == [output.answer for output in outputs]
+    assert [row["selected"] for row in rows] == [[d.position for d in output.documents] for output in outputs]
+    assert [row["prediction_logp"] for row in rows] == pytest.approx([output.logp for output in outputs], abs=1e-3)
+    for row, one in zip(rows, run(load(folder), dataset, tmp_path / "one"), strict=True):
+        assert one["tokens"] < row["tokens"] < 4 * one["tokens"]
+    # Without a selector there is one permutation.
+    retrieved = run(lambda: pipe, dataset, tmp_path / "retriever", selection="retriever")
+    assert all(row["selected"] == [1, 2] for row in retrieved)
+
+
 def test_small_batches_score_as_one(trained, tmp_path):
     folder, dataset, _ = trained
     one = run(load(folder), dataset, tmp_path / "one")
     small = run(load(folder), dataset, tmp_path / "small", tokens_per_batch=1)
     for row, other in zip(without_time(one), without_time(small), strict=True):
-        for name in ("answer_logp", "answer_logp_without_documents", "context_gain"):
+        for name in ("answer_logp", "answer_logp_without_documents", "context_gain", "prediction_logp"):
             assert row.pop(name) == pytest.approx(other.pop(name), abs=1e-3)
         assert row == other
 
@@ -94,16 +109,16 @@ def test_context_gain_is_the_likelihood_with_documents_less_that_without(trained
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
     folder, dataset, _ = trained
     whole = run(load(folder), dataset, tmp_path / "whole", tokens_per_batch=300)
-    answer = "trl_dro.model.rag_model.RAGModel.answer"
+    answer = "trl_dro.model.rag_model.RAGModel.write_answers"
     from trl_dro.model.rag_model import RAGModel
 
-    original, asked = RAGModel.answer, []
+    original, asked = RAGModel.write_answers, []
 
-    def interrupted(self, questions, *args):
+    def interrupted(self, questions, *args, **kwargs):
         asked.extend(questions)
         if len(asked) > 6:
             raise KeyboardInterrupt
-        return original(self, questions, *args)
+        return original(self, questions, *args, **kwargs)
 
     monkeypatch.setattr(answer, interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -116,9 +131,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(trained, tmp_path, m
 
     asked.clear()
 
-    def counted(self, questions, *args):
+    def counted(self, questions, *args, **kwargs):
         asked.extend(questions)
-        return original(self, questions, *args)
+        return original(self, questions, *args, **kwargs)
 
     monkeypatch.setattr(answer, counted)
     resumed = run(load(folder), dataset, tmp_path / "halves", tokens_per_batch=300)
@@ -185,6 +200,16 @@ def test_the_command_compares_with_the_order_of_the_retriever(trained, tmp_path,
     assert "exact match" in output and "error: selection" in output
 
 
+def test_the_command_answers_by_a_sum_where_it_is_told_to(trained, tmp_path):
+    folder, dataset, _ = trained
+    evaluate(arguments(folder, dataset, tmp_path, answer_permutations=4))
+    pipe = RAGPipeline.from_pretrained(folder, options=CPU, answer_permutations=4)
+    expected = pipe(dataset["question"], documents=dataset["documents"], batch_size=12)
+    lines = (tmp_path / "out" / "questions.jsonl").read_text().splitlines()
+    logps = [json.loads(line)["prediction_logp"] for line in lines]
+    assert logps == pytest.approx([output.logp for output in expected], abs=1e-3)
+
+
 def test_the_oracle_selects_what_contains_the_answer(trained, tmp_path):
     folder, dataset, _ = trained
     summary = evaluate(arguments(folder, dataset, tmp_path, selector="oracle"))
@@ -247,6 +272,7 @@ def test_ranking_measures_need_positives(trained, tmp_path):
         ({"model": "m"}, "pass either --dataset_name"),
         ({"model": "m", "questions": "q"}, "go together"),
         ({"model": "m", "dataset_name": "d", "num_selected": 0}, "at least 1"),
+        ({"model": "m", "dataset_name": "d", "answer_permutations": 0}, "at least 1"),
         ({"model": "m", "dataset_name": "d", "generator": "g", "revision": "r"}, "--revision is that of --model"),
     ],
 )

@@ -105,6 +105,18 @@ def test_as_many_samples_as_permutations_are_all_of_them_with_their_probabilitie
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+def test_greedy_ones_are_the_most_probable_in_order(kind):
+    for n, k, m in ((4, 2, 12), (4, 2, 14), (12, 1, 3)):  # all of them, more than there are, and a single choice
+        samples, everything, logps = draw_often(kind, n, k, m, 2, greedy=True)
+        order = logps.argsort(descending=True)[:m].tolist()
+        for permutations in samples.permutations.tolist():
+            assert [tuple(z) for z in permutations[: len(order)]] == [everything[i] for i in order]
+        torch.testing.assert_close(samples.logps[0, : len(order)], logps[order], atol=2e-5, rtol=1e-5)
+        assert (samples.proposal_logps[:, : len(order)] == 0).all()
+        assert (samples.proposal_logps[:, len(order) :] == math.inf).all()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_log_probabilities_equal_scored_ones_in_a_ragged_batch(kind, attention):
     """Beams that go on from one another see what they go on from, and no other."""

@@ -18,7 +18,7 @@ from trl_dro.model.prompts import (
 from trl_dro.model.query_likelihood import recomputed, significant_rows
 from trl_dro.model.rag_model import RAGModel
 from trl_dro.model.roles import ROLES, Roles, prepare_role_model
-from trl_dro.system.pipeline import choice_probabilities
+from trl_dro.system.selection import choice_probabilities
 
 from ..tiny_models import TOKENIZERS, bpe_tokenizer, tiny_llama
 

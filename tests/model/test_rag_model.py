@@ -27,8 +27,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def rag():
+def make_rag():
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     roles = Roles(prepare_role_model(tiny_llama(TOKENIZER), peft_config=config))
     for role in ROLES:
@@ -38,6 +37,11 @@ def rag():
     templates = {"selector": SELECTOR_TEMPLATE, "generator": GENERATOR_TEMPLATE}
     prompts = {role: PromptBuilder(TOKENIZER, templates[role], 2) for role in ROLES}
     return RAGModel(roles, dict.fromkeys(ROLES, TOKENIZER), prompts, PermutationCodec(TOKENIZER, 4, 2), CPU)
+
+
+@pytest.fixture
+def rag():
+    return make_rag()
 
 
 @pytest.fixture
@@ -145,6 +149,26 @@ def test_answer_is_the_greedy_continuation(rag, max_answer_length):
         text_of(greedy_tokens(rag, question, permutation, max_answer_length))
         for question, permutation in zip(QUESTIONS, ([3, 1], [2, 3]), strict=True)
     ]
+
+
+@pytest.mark.parametrize("max_answer_length", [1, 12])
+def test_a_written_answer_has_the_likelihood_of_its_tokens_and_of_its_end(rag, max_answer_length):
+    permutations = [[3, 1], [2, 3]]
+    written = [
+        greedy_tokens(rag, question, permutation, 12)
+        for question, permutation in zip(QUESTIONS, permutations, strict=True)
+    ]
+    # A row that ends is padded while the other goes on.
+    rag.roles.model.generation_config = GenerationConfig(eos_token_id=written[0][2])
+    written = [tokens[: tokens.index(written[0][2]) + 1] if i == 0 else tokens for i, tokens in enumerate(written)]
+    written = [tokens[:max_answer_length] for tokens in written]
+    answers = rag.write_answers(QUESTIONS, torch.tensor(permutations), max_answer_length)
+    for question, permutation, tokens, answer in zip(QUESTIONS, permutations, written, answers, strict=True):
+        prompt = rag.prompts["generator"](question["question"], [question["documents"][i - 1] for i in permutation])
+        with torch.no_grad():
+            logits = rag.roles.forward("generator", input_ids=torch.tensor([prompt + tokens])).logits
+        logps = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])
+        assert answer.logp == pytest.approx(logps.sum().item(), abs=1e-4)
 
 
 def test_answer_does_not_sample_though_the_models_own_config_does(rag):

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 from trl_dro import RAGPipeline
 from trl_dro.server.app import create_app, listen, loopback_names, server_config, uvicorn
@@ -90,6 +91,17 @@ class Gate(RAGPipeline):
         self.batches.append(question)
         assert self.open.wait(30)
         return super().__call__(question, *arguments, **settings)
+
+
+class Fixed(RAGPipeline):
+    """A pipeline that gives the same answer to everything."""
+
+    def __init__(self, pipe, answer):
+        super().__init__(pipe.rag, pipe.config)
+        self.answer = answer
+
+    def _answer(self, records, watch=None):
+        return [replace(output, answer=self.answer) for output in super()._answer(records, watch)]
 
 
 class Slow(RAGPipeline):

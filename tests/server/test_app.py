@@ -3,6 +3,7 @@ import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from trl_dro import LoadOptions, RAGPipeline
 from trl_dro.system.pipeline import RAGOutput
 
 from ..test_faults import save_run_that_selects_none
-from .serving import RECORDS, REQUEST, Broken, Gate, Server, Slow, until
+from .serving import RECORDS, REQUEST, Broken, Fixed, Gate, Server, Slow, until
 
 
 def test_the_answer_is_the_pipelines(server, pipe):
@@ -23,12 +24,34 @@ def test_the_answer_is_the_pipelines(server, pipe):
     assert reply["documents"][0]["probability"] == pytest.approx(expected.documents[0].probability)
 
 
+def test_replies_say_what_the_answer_rests_on(pipe):
+    documents = [{"id": "a", "title": "Mills", "text": "It is old. Ada built it.", "page": 3}, {"text": "Nothing."}]
+    request = {"question": "who built it", "documents": documents}
+    with Server(Fixed(pipe, "Ada")) as server:
+        reply = json.loads(server.ask(content=request)[1])
+        last = json.loads(server.ask("/stream", request)[1].splitlines()[-1])
+    cited = {"id": "a", "title": "Mills", "page": 3, "position": 1, "sentence": "Ada built it.", "states_answer": True}
+    assert reply["citations"] == last["citations"] == [cited]
+    assert {each["position"]: each["page"] for each in reply["documents"]} == {1: 3, 2: None}
+
+
 def test_a_stream_is_the_documents_and_then_the_answer_in_pieces(server, pipe):
     status, text = server.ask("/stream")
     lines = [json.loads(line) for line in text.splitlines()]
     expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
-    assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 2
-    assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+    assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 3
+    assert "".join(line["text"] for line in lines[1:-1]) == expected.answer
+    assert lines[-1] == {"citations": [asdict(citation) for citation in expected.citations]}
+
+
+def test_an_answer_by_a_sum_is_streamed_when_it_has_won(pipe):
+    pipe = RAGPipeline(pipe.rag, replace(pipe.config, answer_permutations=6))
+    expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
+    with Server(pipe) as server:
+        assert json.loads(server.ask()[1])["answer"] == expected.answer
+        lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
+    assert [document["id"] for document in lines[0]["documents"]] == [document.id for document in expected.documents]
+    assert lines[1:-1] == [{"text": expected.answer}]
 
 
 def test_texts_and_dialogues_are_understood(server):
@@ -218,11 +241,12 @@ def test_where_none_is_selected_the_reply_names_no_document(tmp_path):
     expected = pipe(**REQUEST)
     with torch.no_grad():
         alone = pipe.rag.answer([REQUEST], torch.zeros(1, 2, dtype=torch.long), 6)
-    assert expected == RAGOutput(alone[0], []) and alone[0]
+    assert expected == RAGOutput(alone[0], [], expected.logp) and alone[0]
     with Server(pipe) as server:
-        assert json.loads(server.ask()[1]) == {"answer": expected.answer, "documents": []}
+        reply = json.loads(server.ask()[1])
+        assert reply == {**asdict(expected), "documents": [], "logp": pytest.approx(expected.logp)}
         lines = [json.loads(line) for line in server.ask("/stream")[1].splitlines()]
     assert lines[0] == {"documents": []}
-    assert "".join(line["text"] for line in lines[1:]).strip() == expected.answer
+    assert "".join(line["text"] for line in lines[1:-1]) == expected.answer
     stream = pipe.stream(**REQUEST)
     assert stream.documents == [] and "".join(stream.pieces).strip() == expected.answer

@@ -12,7 +12,9 @@ from trl_dro.data import DatasetError
 from trl_dro.model.prompts import PromptTooLongError
 from trl_dro.model.roles import ROLES, RolePair
 from trl_dro.retrieval import BM25Retriever
-from trl_dro.system.pipeline import _Streamer, choice_probabilities
+from trl_dro.system.mixture import answer_questions
+from trl_dro.system.pipeline import _Streamer
+from trl_dro.system.selection import choice_probabilities
 
 from ..test_faults import make_trainer
 from ..trainer.test_dro_trainer import make_dataset
@@ -109,6 +111,12 @@ def test_documents_can_be_plain_texts(pipe):
     assert {document.id for document in output.documents} == {None}
 
 
+def test_selected_documents_keep_their_page(pipe):
+    documents = [{"text": f"number {page}", "page": page} for page in (3, 5)]
+    output = pipe("who wrote number 0?", documents=documents)
+    assert [document.page for document in output.documents] == [2 * place + 1 for place in places(output)]
+
+
 def test_fewer_documents_than_are_selected_are_all_ranked(pipe):
     outputs = pipe(["who?", "who wrote?"], documents=[RECORDS[0]["documents"][:1], RECORDS[0]["documents"]])
     assert places(outputs[0]) == [1] and outputs[0].documents[0].probability == 1.0
@@ -200,6 +208,44 @@ def test_whoever_watches_sees_each_output_grow_and_can_leave_one_unfinished(pipe
     assert len(outputs[3].answer) < len(run[2][3])
 
 
+def test_answers_by_a_sum_are_those_of_the_mixture_with_its_strongest_documents(run):
+    pipe = RAGPipeline.from_pretrained(run[0], options=CPU, answer_permutations=6)
+    few = {**RECORDS[5], "documents": RECORDS[5]["documents"][:1]}  # selects one document only
+    records = [*RECORDS[:5], few]
+    outputs = pipe([r["question"] for r in records], documents=[r["documents"] for r in records], batch_size=4)
+    expected = answer_questions(pipe.rag, RECORDS[:5], 6, 6)
+    assert [output.answer for output in outputs[:5]] == [answer.text for answer in expected]
+    assert [places(output) for output in outputs[:5]] == [answer.permutation for answer in expected]
+    assert [output.logp for output in outputs[:5]] == pytest.approx([a.logp for a in expected], abs=1e-4)
+    assert any(len({text for _, text, _ in answer.written}) > 1 for answer in expected)
+    assert places(outputs[5]) == [1] and outputs[5].documents[0].probability == pytest.approx(1)
+    stream = pipe.stream(RECORDS[0]["question"], documents=RECORDS[0]["documents"])
+    assert stream.documents == pipe(RECORDS[0]["question"], documents=RECORDS[0]["documents"]).documents
+    assert list(stream.pieces) == [outputs[0].answer]
+
+
+def test_whoever_watches_a_sum_sees_nothing_before_the_end_and_can_leave_it(run):
+    pipe = RAGPipeline.from_pretrained(run[0], options=CPU, answer_permutations=3)
+    seen = []
+
+    def watch(i, output):
+        seen.append((i, output))
+        return i == 1
+
+    outputs = pipe([r["question"] for r in RECORDS[:3]], [r["documents"] for r in RECORDS[:3]], watch=watch)
+    assert {output for _, output in seen} == {None} and len(seen) > 3
+    assert [i for i, _ in seen].count(1) == 1
+    assert (outputs[1].answer, outputs[1].documents) == ("", []) and outputs[0].documents and outputs[2].documents
+
+
+def test_the_log_probability_of_an_answer_is_that_of_its_documents_and_its_own(pipe):
+    output = ask_all(pipe)[0]
+    with torch.no_grad():
+        selection = pipe.rag.permutation_logps(RECORDS[:1], torch.tensor([[places(output)]])).item()
+    [written] = pipe.rag.write_answers(RECORDS[:1], torch.tensor([places(output)]), 6)
+    assert output.logp == pytest.approx(selection + written.logp, abs=1e-4)
+
+
 def test_a_question_left_at_its_documents_is_not_answered(pipe, run):
     questions, documents = [r["question"] for r in RECORDS], [r["documents"] for r in RECORDS]
     outputs = pipe(questions, documents=documents, watch=lambda i, output: i in (0, 4))
@@ -217,7 +263,7 @@ def test_an_error_while_streaming_reaches_the_reader(pipe, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(pipe.rag, "answer", fail)
+    monkeypatch.setattr(pipe.rag, "write_answers", fail)
     _, pieces = pipe.stream(RECORDS[0]["question"], documents=RECORDS[0]["documents"])
     with pytest.raises(RuntimeError, match="broken"):
         list(pieces)

@@ -709,7 +709,7 @@ def test_evaluation_reports_both_roles_and_the_retriever_and_repeats_exactly(mak
     trainer = make_trainer(eval_dataset=make_dataset(3))
     first = trainer.evaluate()
     bounds = ["elbo", "iwae_bound", "loss"]
-    names = ["em", "f1", "recall@1", "recall@2", "retriever_recall@1", "retriever_recall@2", *bounds]
+    names = ["em", "f1", "contains", "recall@1", "recall@2", "retriever_recall@1", "retriever_recall@2", *bounds]
     assert {f"eval_{name}" for name in names} <= set(first)
     assert first["eval_elbo"] <= first["eval_iwae_bound"] + 1e-5
     second = trainer.evaluate()
@@ -717,6 +717,22 @@ def test_evaluation_reports_both_roles_and_the_retriever_and_repeats_exactly(mak
     trainer.args.per_device_eval_batch_size = 1
     one_by_one = trainer.evaluate()
     assert all(one_by_one[f"eval_{name}"] == pytest.approx(first[f"eval_{name}"], abs=1e-4) for name in names)
+
+
+def test_evaluation_by_a_sum_is_that_of_the_saved_system(make_trainer):
+    dataset = make_dataset(6)
+    trainer = make_trainer(eval_dataset=dataset, answer_permutations=6, max_answer_length=4)
+    answers = trainer.predict(dataset).predictions.tolist()
+    trainer.save_model()
+    pipe = RAGPipeline.from_pretrained(trainer.args.output_dir, options=LoadOptions(device="cpu"))
+    assert pipe.config.answer_permutations == 6
+    outputs = pipe(dataset["question"], documents=dataset["documents"])
+    assert [output.answer for output in outputs] == answers
+    greedy = RAGPipeline.from_pretrained(
+        trainer.args.output_dir, options=LoadOptions(device="cpu"), answer_permutations=1
+    )
+    outputs = greedy(dataset["question"], documents=dataset["documents"])
+    assert [output.answer for output in outputs] != answers
 
 
 def test_evaluation_leaves_trainings_draws_alone(make_trainer):

@@ -30,10 +30,12 @@ SERVICE_HELP = (
 )
 DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
 
+ANSWER_PERMUTATIONS_HELP = "Answer from so many permutations, and take the answer with the most probability over all."
+
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
-    "Passages: jsonl, tsv (either may be gz), parquet, Hub id (`id` or `id:config`), or a folder of documents to cut "
-    "into passages."
+    "Passages: jsonl, tsv, csv (each may be gz), json, parquet, Hub id (`id` or `id:config`); or a document, or a "
+    "folder of them, to cut into passages."
 )
 DATASET_HELP = "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."
 
@@ -99,6 +101,30 @@ class LaunchArguments:
 
 
 @dataclass(kw_only=True)
+class CuttingArguments:
+    """
+    How documents are cut into passages, see [`~data.chunking.DocumentFolder`].
+
+    Args:
+        words_per_passage (`int`, *optional*, defaults to `100`):
+            Most words of a passage.
+        overlap_words (`int`, *optional*, defaults to `0`):
+            Most words of the sentences at the end of a passage with which the next one begins again.
+    """
+
+    words_per_passage: int = field(default=100, metadata={"help": "Most words of a passage cut from documents."})
+    overlap_words: int = field(
+        default=0, metadata={"help": "Most words, in whole sentences, that a passage repeats of the one before."}
+    )
+
+    def cut(self) -> tuple[int, int]:
+        """Both. Raises `ValueError` if one is out of its range."""
+        check_range(self, ["words_per_passage"], 1)
+        check_range(self, ["overlap_words"], 0, self.words_per_passage - 1)
+        return self.words_per_passage, self.overlap_words
+
+
+@dataclass(kw_only=True)
 class LoadArguments:
     """
     Which system to load, and how.
@@ -161,9 +187,9 @@ class LoadArguments:
 
 
 @dataclass(kw_only=True)
-class QuestionArguments(LoadArguments, LaunchArguments):
+class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     """
-    Questions that a system is asked, see also [`LoadArguments`] and [`LaunchArguments`].
+    Questions that a system is asked, see also [`LoadArguments`], [`LaunchArguments`] and [`CuttingArguments`].
 
     Args:
         questions (`str`, *optional*):
@@ -182,6 +208,9 @@ class QuestionArguments(LoadArguments, LaunchArguments):
             Ask the first ones only.
         max_candidates (`int`, *optional*):
             Candidates per question, n, instead of the trained system's.
+        answer_permutations (`int`, *optional*):
+            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
+            system's.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Prompt tokens computed at a time; halved where memory runs out.
         on_error (`str`, *optional*, defaults to `"stop"`):
@@ -199,6 +228,7 @@ class QuestionArguments(LoadArguments, LaunchArguments):
     dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
+    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
     on_error: Literal["stop", "skip"] = field(
         default="stop",
@@ -207,7 +237,8 @@ class QuestionArguments(LoadArguments, LaunchArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, ["max_questions", "max_candidates", "tokens_per_batch"], 1)
+        self.cut()
+        check_range(self, ["max_questions", "max_candidates", "answer_permutations", "tokens_per_batch"], 1)
         if self.num_processes is not None and self.num_processes > 1 and ":" in (self.device or ""):
             raise ValueError(f"--device {self.device} is one device, for which processes would queue: leave it out")
 

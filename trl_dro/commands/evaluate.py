@@ -106,7 +106,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         `ValueError`: a model cannot be found, or `output_dir` holds another evaluation.
     """
     selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
-    sizes = {name: getattr(args, name) for name in ("num_selected", "max_candidates", "max_answer_length")}
+    names = ("num_selected", "max_candidates", "max_answer_length", "answer_permutations")
+    sizes = {name: getattr(args, name) for name in names}
     # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so beside
     # the generator's own.
     system: dict[str, Any] = {

@@ -62,15 +62,18 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
             System and questions.
 
     Returns:
-        `list[dict]`: for each question its `row`, `id`, `question`, `answer`, and of the selected documents, best
-        first, `selected` (places among the candidates, from 1), `selected_ids`, `selected_titles`, `selected_texts`
-        and `probabilities`, each that of the document being chosen next. Rows that are skipped are not among them.
+        `list[dict]`: for each question its `row`, `id`, `question`, `answer`, `logp` in nats (see
+        [`~pipeline.RAGOutput`]), and of the selected documents, best first, `selected` (places among the candidates,
+        from 1), `selected_ids`, `selected_titles`, `selected_texts` and `probabilities`, each that of the document
+        being chosen next; and `citations`, each with the fields of [`~citations.Citation`]. Rows that are skipped are
+        not among them.
 
     Raises:
         `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
         `ValueError`: the system cannot be found, or `output_dir` holds other answers.
     """
-    sizes = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
+    sizes = {name: getattr(args, name) for name in ("max_candidates", "answer_permutations")}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     options = args.load_options()
     # Questions are read, retrieved and checked once, also where several processes answer them.
     processes = Processes.of_launcher()
@@ -133,9 +136,11 @@ def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:
         "id": record.get("id"),
         "question": record["question"],
         "answer": output.answer,
+        "logp": output.logp,
         "selected": [document.position for document in output.documents],
         "selected_ids": [document.id for document in output.documents],
         "selected_titles": [document.title for document in output.documents],
         "selected_texts": [document.text for document in output.documents],
         "probabilities": [document.probability for document in output.documents],
+        "citations": [asdict(citation) for citation in output.citations],
     }

@@ -3,20 +3,29 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
-from .arguments import CORPUS_HELP, DENSE_MODEL_HELP, SERVICE_HELP, LoadArguments, check_range
+from .arguments import (
+    ANSWER_PERMUTATIONS_HELP,
+    CORPUS_HELP,
+    DENSE_MODEL_HELP,
+    SERVICE_HELP,
+    CuttingArguments,
+    LoadArguments,
+    check_range,
+)
 
 
 KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeArguments(ServerLimits, LoadArguments):
+class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
     """
-    What is served, and where; see also [`LoadArguments`] and [`ServerLimits`].
+    What is served, and where; see also [`LoadArguments`], [`CuttingArguments`] and [`ServerLimits`].
 
     Args:
         corpus (`str`, *optional*):
@@ -25,6 +34,9 @@ class ServeArguments(ServerLimits, LoadArguments):
             Service that retrieves instead, see [`~retrieval.services.open_service`].
         dense_model (`str`, *optional*):
             Model that encodes questions for it, if it searches vectors.
+        answer_permutations (`int`, *optional*):
+            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
+            system's.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
@@ -37,12 +49,15 @@ class ServeArguments(ServerLimits, LoadArguments):
     )
     retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
     dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
+    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
 
     def __post_init__(self):
         super().__post_init__()
+        self.cut()
         check_range(self, ["port"], 0, 65535)
+        check_range(self, ["answer_permutations"], 1)
         if not self.model:
             raise ValueError("nothing to serve: name a run folder or Hub repo, trl-dro serve RUN")
 
@@ -67,7 +82,7 @@ def serve(args: ServeArguments) -> None:
     if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
         selector=args.selector,
@@ -75,6 +90,7 @@ def serve(args: ServeArguments) -> None:
         revision=args.revision,
         base_model=args.base_model,
         options=args.load_options(),
+        **({} if args.answer_permutations is None else {"answer_permutations": args.answer_permutations}),
     )
     hosts = loopback_names(args.host, sockets)
     if hosts is None and api_key is None:
@@ -82,5 +98,8 @@ def serve(args: ServeArguments) -> None:
     for each in sockets:
         address, port = each.getsockname()[:2]
         print(f"serving on http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops)", flush=True)
-    app = create_app(pipe, args, hosts, api_key)
+    # A path of this machine is nobody's business.
+    name = Path(str(args.model)).resolve().name if os.path.isdir(str(args.model)) else str(args.model)
+    print(f"OpenAI's clients: the same with /v1 behind it as base_url, model {name!r}", flush=True)
+    app = create_app(pipe, args, hosts, api_key, name)
     uvicorn.Server(server_config(app, args)).run(sockets)

@@ -16,9 +16,10 @@ from ..data.schema import BadRow
 from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel
+from ..system.mixture import MixtureAnswer
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
-from .scoring import Selection, score_question, select
+from .scoring import Selection, answer_from, score_question
 
 
 QUESTIONS_FILE = "questions.jsonl"
@@ -140,8 +141,8 @@ def _score_batch(
     records: list[dict[str, Any]],
 ) -> list[Scored]:
     start = time.perf_counter()
-    permutations = select(rag, records, selection)  # [B, K]
-    answers = rag.answer(records, permutations, config.max_answer_length)
+    answers = answer_from(rag, records, selection, config.max_answer_length, config.answer_permutations)
+    permutations = torch.tensor([answer.permutation for answer in answers])  # [B, K]
     seconds = (time.perf_counter() - start) / len(records)
     logps: list[tuple[float, float]] = []
     if context_reliance:
@@ -157,29 +158,30 @@ def _score_batch(
             "id": record.get("id"),
             "question": question_text(record["question"]),
             "answers": record["answers"],
-            "prediction": answer,
+            "prediction": answer.text,
             "selected": permutation,
             "selected_ids": [record["documents"][place - 1].get("id") for place in permutation],
             "positive_ids": record.get("positive_ids"),
-            **score_question(record, permutation, answer, permutations.shape[1]),
+            **score_question(record, permutation, answer.text, permutations.shape[1]),
         }
         if rag.codec.may_end:
             row["documents"] = len(permutation)
         if context_reliance:
             row["answer_logp"], row["answer_logp_without_documents"] = logps[i]
             row["context_gain"] = logps[i][0] - logps[i][1]
-        rows.append(row | {"seconds": seconds, "tokens": _count_tokens(rag, record, permutation, answer, selection)})
+        tokens = _count_tokens(rag, record, answer, selection)
+        rows.append(row | {"prediction_logp": answer.logp, "seconds": seconds, "tokens": tokens})
     return rows
 
 
-def _count_tokens(
-    rag: RAGModel, record: dict[str, Any], permutation: list[int], answer: str, selection: Selection
-) -> int:
+def _count_tokens(rag: RAGModel, record: dict[str, Any], answer: MixtureAnswer, selection: Selection) -> int:
     """Tokens read and written for one question, padding and the scoring of the gold answer left out."""
-    documents = [record["documents"][place - 1] for place in permutation]
-    tokens = len(rag.prompts["generator"](record["question"], documents))
-    tokens += len(rag.tokenizers["generator"](answer, add_special_tokens=False).input_ids) + 1
-    if selection == "selector":
-        tokens += len(rag.prompts["selector"](record["question"], record["documents"]))
-        tokens += len(rag.codec.encode(permutation, len(record["documents"]))[0])
+    tokens = len(rag.prompts["selector"](record["question"], record["documents"])) if selection == "selector" else 0
+    for permutation, text, _ in answer.written:
+        places = [place for place in permutation if place]
+        documents = [record["documents"][place - 1] for place in places]
+        tokens += len(rag.prompts["generator"](record["question"], documents))
+        tokens += len(rag.tokenizers["generator"](text, add_special_tokens=False).input_ids) + 1
+        if selection == "selector":
+            tokens += len(rag.codec.encode(places, len(record["documents"]))[0])
     return tokens

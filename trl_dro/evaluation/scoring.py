@@ -7,19 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
+from ..metrics.text import contains, exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
 from ..model.importance import Sampling, elbo, iwae_bound
 from ..model.rag_model import RAGModel
+from ..system.mixture import MixtureAnswer, answer_questions
 
 
 Selection = Literal["selector", "retriever", "oracle"]
 
 
 def answer_and_score(
-    rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int
+    rag: RAGModel, questions: Sequence[dict[str, Any]], max_answer_length: int, answer_permutations: int = 1
 ) -> tuple[list[str], dict[str, Tensor]]:
     """
-    Selects greedily, answers greedily, and scores both.
+    Selects and answers, and scores both.
 
     Args:
         rag ([`~rag_model.RAGModel`]):
@@ -28,21 +29,23 @@ def answer_and_score(
             Records with their candidates in retrieval order.
         max_answer_length (`int`):
             Tokens to generate at most.
+        answer_permutations (`int`, *optional*, defaults to `1`):
+            See [`~mixture.answer_questions`].
 
     Returns:
         `tuple[list[str], dict[str, Tensor]]`: answers, and the scores of [`score_prediction`] by name, each `(B,)`;
         and `documents`, the number of those selected, where the selector may end early.
     """
-    selected = select(rag, questions)  # [B, K]
-    answers = rag.answer(questions, selected, max_answer_length)
+    answers = answer_questions(rag, questions, answer_permutations, max_answer_length)
     scores = []
     codec = rag.codec
-    for question, answer, permutation in zip(questions, answers, selected.tolist(), strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         documents = question["documents"]
-        shown = [documents[i - 1] for i in permutation if i]
-        row = score_prediction(answer, shown, documents, question["answers"], codec.num_selected)
+        shown = [documents[i - 1] for i in answer.permutation if i]
+        row = score_prediction(answer.text, shown, documents, question["answers"], codec.num_selected)
         scores.append(row | ({"documents": float(len(shown))} if codec.may_end else {}))
-    return answers, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
+    texts = [answer.text for answer in answers]
+    return texts, {name: torch.tensor([row[name] for row in scores], device=rag.device) for name in scores[0]}
 
 
 def score_bounds(
@@ -103,9 +106,11 @@ def score_prediction(
             Number of documents that could be chosen, to which Recall@k goes; as many as there are by default.
 
     Returns:
-        `dict[str, float]`: `em`, `f1`, `recall@k` of the selector and `retriever_recall@k`, each from 0 to 1.
+        `dict[str, float]`: `em`, `f1`, `contains`, `recall@k` of the selector and `retriever_recall@k`, each
+        from 0 to 1.
     """
     scores = {"em": exact_match(prediction, answers), "f1": f1(prediction, answers)}
+    scores["contains"] = contains(prediction, answers)
     for k in recall_cutoffs(num_selected or len(selected)):
         scores[f"recall@{k}"] = recall_at_k([document["text"] for document in selected], answers, k)
         scores[f"retriever_recall@{k}"] = recall_at_k([document["text"] for document in candidates], answers, k)
@@ -136,6 +141,41 @@ def select(rag: RAGModel, questions: Sequence[dict[str, Any]], selection: Select
             relevant = [is_relevant(document, question) for document in question["documents"]]
             order.sort(key=lambda i: not relevant[i - 1])  # noqa: B023 (used at once)
     return torch.tensor([order[: rag.codec.num_selected] for order in orders])
+
+
+def answer_from(
+    rag: RAGModel,
+    questions: Sequence[dict[str, Any]],
+    selection: Selection,
+    max_answer_length: int,
+    answer_permutations: int = 1,
+) -> list[MixtureAnswer]:
+    """
+    Answers from the selector's documents, or from those of [`select`], of which there is one permutation only.
+
+    Args:
+        rag ([`~rag_model.RAGModel`]):
+            Both roles, in evaluation mode.
+        questions (`list[dict]` of length `B`):
+            Records with their candidates in retrieval order.
+        selection (`str`):
+            Who selects, see [`select`].
+        max_answer_length (`int`):
+            Tokens to generate at most.
+        answer_permutations (`int`, *optional*, defaults to `1`):
+            Permutations of the selector, see [`~mixture.answer_questions`].
+
+    Returns:
+        `list[MixtureAnswer]` of length `B`; without a selector `logp` is the answer's alone.
+    """
+    if selection == "selector":
+        return answer_questions(rag, questions, answer_permutations, max_answer_length)
+    permutations = select(rag, questions, selection)
+    written = rag.write_answers(questions, permutations, max_answer_length)
+    return [
+        MixtureAnswer(answer.text, permutation, answer.logp, [(permutation, answer.text, answer.logp)])
+        for permutation, answer in zip(permutations.tolist(), written, strict=True)
+    ]
 
 
 def is_relevant(document: Mapping[str, Any], question: Mapping[str, Any]) -> bool:

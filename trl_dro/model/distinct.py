@@ -65,11 +65,12 @@ def sample_distinct_permutations(
     num_permutations: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    greedy: bool = False,
     seeds: Sequence[int] | None = None,
     document_logits: Sequence[Sequence[float] | None] | None = None,
 ) -> PermutationSamples:
     r"""
-    Draws different permutations of each question from the constrained distribution.
+    Draws different permutations of each question from the constrained distribution, or takes the most probable ones.
 
     Args:
         model ([`~shared_prefix.PackedModel`]):
@@ -87,6 +88,9 @@ def sample_distinct_permutations(
         top_p (`float`, *optional*, defaults to `1.0`):
             Keeps the most probable allowed tokens whose tempered probabilities reach `top_p`; what is outside is
             never drawn.
+        greedy (`bool`, *optional*, defaults to `False`):
+            Search for the most probable permutations instead, with no Gumbel numbers: plain beam search, which is
+            exact for a single choice, and where there are no more than m + 1 beginnings.
         seeds (`list[int]` of length `B`, *optional*):
             Seed of each question's draws, on which alone they depend. Drawn from the global generator by default.
         document_logits (`list[list[float]]` of length `B`, *optional*):
@@ -96,15 +100,17 @@ def sample_distinct_permutations(
         [`~sampling.PermutationSamples`]: in the order of a draw one after the other. `proposal_logps` is
         \\( \log q(\kappa) - \log m \\), so that the mean over samples with the correction is the sum above. If there
         are fewer permutations than m, the first stands in for those that are missing, with a correction of `-inf`.
+        The most probable are sorted, the first being the most probable, and their `proposal_logps` are zero.
     """
     if seeds is None:
-        seeds = torch.randint(2**62, (len(num_documents),)).tolist()
+        seeds = [0] * len(num_documents) if greedy else torch.randint(2**62, (len(num_documents),)).tolist()
     priors = [None] * len(num_documents) if document_logits is None else document_logits
     beams = []
     noise = []  # of each question: [choices, m + 1, most allowed tokens]
     for n, prior, seed in zip(num_documents, priors, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        beams.append([_Beam(Writer(codec, n, prior), 0.0, 0.0, _gumbel((1,), generator).item(), [])])
+        greatest = 0.0 if greedy else _gumbel((1,), generator).item()
+        beams.append([_Beam(Writer(codec, n, prior), 0.0, 0.0, greatest, [])])
         noise.append(_gumbel((codec.max_length, num_permutations + 1, codec.max_documents + 1), generator))
 
     logits = read.logits[[i for i, (beam,) in enumerate(beams) if beam.writer.allowed()]]
@@ -114,8 +120,8 @@ def sample_distinct_permutations(
             break
         if choice > 0:
             logits, read = _read_on(model, read, beams, num_read)
-        beams = _grown(beams, logits, [each[choice] for each in noise], temperature, top_p)
-    return _samples(beams, num_permutations, model.device)
+        beams = _grown(beams, logits, [each[choice] for each in noise], temperature, top_p, greedy)
+    return _samples(beams, num_permutations, model.device, greedy)
 
 
 def _read_on(
@@ -141,9 +147,17 @@ def _read_on(
 
 
 def _grown(
-    beams: Sequence[Sequence[_Beam]], logits: Tensor, noise: Sequence[Tensor], temperature: float, top_p: float
+    beams: Sequence[Sequence[_Beam]],
+    logits: Tensor,
+    noise: Sequence[Tensor],
+    temperature: float,
+    top_p: float,
+    greedy: bool,
 ) -> list[list[_Beam]]:
-    """The beams with the greatest sums after one more choice, complete ones among them, the greatest first."""
+    """
+    The beams with the greatest sums after one more choice, complete ones among them, the greatest first; `greedy`, the
+    sums are the log-probabilities themselves.
+    """
     growing = [beam for row in beams for beam in row if beam.writer.allowed()]
     allowed = [beam.writer.allowed() for beam in growing]
     branch_logits, _ = allowed_logits(logits, allowed, [beam.writer.prior() for beam in growing])
@@ -158,11 +172,11 @@ def _grown(
             for row, own in zip(beams, noise, strict=True)
         ]
     )
-    perturbed = _perturbed(
-        torch.tensor([[beam.proposal_logp] for beam in growing], dtype=torch.double) + log_q,
-        torch.tensor([[beam.perturbed] for beam in growing], dtype=torch.double),
-        gumbels,
-    ).tolist()
+    sums = torch.tensor([[beam.proposal_logp] for beam in growing], dtype=torch.double) + log_q
+    if not greedy:
+        greatest = torch.tensor([[beam.perturbed] for beam in growing], dtype=torch.double)
+        sums = _perturbed(sums, greatest, gumbels)
+    perturbed = sums.tolist()
 
     grown = []
     numbers = iter(range(len(growing)))
@@ -199,17 +213,20 @@ def _grown(
     return grown
 
 
-def _samples(beams: Sequence[Sequence[_Beam]], num_permutations: int, device: torch.device) -> PermutationSamples:
+def _samples(
+    beams: Sequence[Sequence[_Beam]], num_permutations: int, device: torch.device, greedy: bool
+) -> PermutationSamples:
     permutations, logps, proposal_logps = [], [], []
     for row in beams:
         drawn, rest = list(row[:num_permutations]), row[num_permutations:]
         threshold = rest[0].perturbed if rest else -math.inf
         inclusion = log_inclusion(torch.tensor([beam.proposal_logp for beam in drawn], dtype=torch.double), threshold)
+        proposals = [0.0] * len(drawn) if greedy else (inclusion - math.log(num_permutations)).tolist()
         missing = num_permutations - len(drawn)
         drawn += drawn[:1] * missing
         permutations.append([beam.writer.codec.padded(beam.writer.permutation) for beam in drawn])
         logps.append([beam.logp for beam in drawn])
-        proposal_logps.append([*(inclusion - math.log(num_permutations)).tolist(), *[math.inf] * missing])
+        proposal_logps.append([*proposals, *[math.inf] * missing])
     return PermutationSamples(
         torch.tensor(permutations, device=device),
         torch.tensor(logps, device=device),

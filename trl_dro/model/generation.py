@@ -3,12 +3,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+
+class WrittenAnswer(NamedTuple):
+    """An answer, and its log-likelihood in nats."""
+
+    text: str
+    logp: float
 
 
 class Watched(StoppingCriteria):
@@ -31,6 +38,29 @@ class Watched(StoppingCriteria):
         # A character may take several tokens, the first of which show as U+FFFD.
         stop = [self.watch(row, text.rstrip("\ufffd").strip()) for row, text in zip(self.rows, texts, strict=True)]
         return torch.tensor(stop, device=input_ids.device)
+
+
+class GreedyLogps(LogitsProcessor):
+    """
+    Adds up the log-probability, in nats, of what is written greedily, each row's end included: `logps`, `(B,)`.
+
+    Args:
+        start (`int`):
+            Length of the padded prompts.
+        ends (`list[int]`):
+            Tokens behind which nothing counts.
+    """
+
+    def __init__(self, start: int, ends: list[int]):
+        self.start = start
+        self.ends = ends
+        self.logps = torch.zeros(())
+
+    def __call__(self, input_ids, scores):
+        written = input_ids[:, self.start :]
+        over = torch.isin(written, torch.tensor(self.ends, device=written.device)).any(dim=-1)
+        self.logps = self.logps.to(scores.device) + scores.log_softmax(dim=-1).amax(dim=-1).masked_fill(over, 0.0)
+        return scores
 
 
 @contextlib.contextmanager

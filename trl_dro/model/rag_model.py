@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .codec import PermutationCodec
 from .control_tokens import end_token_id, end_token_ids
 from .distinct import sample_distinct_permutations
-from .generation import Watched, generation_config
+from .generation import GreedyLogps, Watched, WrittenAnswer, generation_config
 from .importance import Sampling
 from .likelihood import CompletionLogits, chunk_rows, completion_logps, pad_rows
 from .permutation import PriorSource, SelectorLikelihood, permutation_logps, retriever_logits, unique_permutations
@@ -154,13 +154,14 @@ class RAGModel:
             top_p (`float`, *optional*, defaults to `1.0`):
                 Nucleus of every choice.
             greedy (`bool`, *optional*, defaults to `False`):
-                Take the most probable token at every branch instead of sampling.
+                Take the most probable token at every branch instead of sampling; with `"distinct"`, the most probable
+                permutations that a beam search finds.
             seeds (`list[int]` of length `B`, *optional*):
                 Seed of each question's draws; drawn from the global generator by default.
             read ([`~shared_prefix.ReadPrompts`], *optional*):
                 What [`~RAGModel.read`] gives for these questions, if it was called before.
             sampling (`str`, *optional*, defaults to `"independent"`):
-                `"independent"`, or `"distinct"` for different permutations; nothing is drawn if `greedy`.
+                `"independent"`, or `"distinct"` for different permutations.
 
         Returns:
             [`~sampling.PermutationSamples`]: permutations `(B, m, K)`, log-probabilities `(B, m)` in nats.
@@ -174,9 +175,7 @@ class RAGModel:
         def sample(rows: list[int]) -> list[PermutationSamples]:
             chosen = [questions[row] for row in rows]
             with torch.no_grad():
-                draw: Callable[..., PermutationSamples] = partial(sample_permutations, greedy=greedy)
-                if sampling == "distinct" and not greedy:
-                    draw = sample_distinct_permutations
+                draw = sample_distinct_permutations if sampling == "distinct" else sample_permutations
                 samples = draw(
                     self._chooser(),
                     self.codec,
@@ -185,6 +184,7 @@ class RAGModel:
                     num_permutations,
                     temperature,
                     top_p,
+                    greedy,
                     seeds=[seeds[row] for row in rows],
                     document_logits=[self.document_logits(question) for question in chosen],
                 )
@@ -351,15 +351,19 @@ class RAGModel:
             lengths.append(max(row, num_permutations * len(prompt)))
         return lengths
 
+    def answer(self, questions: Sequence[dict[str, Any]], permutations: Tensor, max_answer_length: int) -> list[str]:
+        """Greedy answers, see [`~RAGModel.write_answers`]."""
+        return [answer.text for answer in self.write_answers(questions, permutations, max_answer_length)]
+
     @torch.no_grad()
-    def answer(
+    def write_answers(
         self,
         questions: Sequence[dict[str, Any]],
         permutations: Tensor,
         max_answer_length: int,
         streamer: BaseStreamer | None = None,
         watch: Callable[[int, str], bool] | None = None,
-    ) -> list[str]:
+    ) -> list[WrittenAnswer]:
         """
         Greedy answers from the selected documents.
 
@@ -377,7 +381,8 @@ class RAGModel:
                 returns `True` that answer ends there. If memory runs out it is called for the same tokens again.
 
         Returns:
-            `list[str]`: stripped texts without special tokens.
+            `list[WrittenAnswer]`: stripped texts without special tokens, and their log-likelihoods in nats, the end
+            included where it was written.
         """
         tokenizer = self.tokenizers["generator"]
         prompts = [
@@ -386,11 +391,12 @@ class RAGModel:
         ]
         model: Any = self.roles.module("generator")
         end = end_token_id(tokenizer)
+        ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
         greedy = GenerationConfig(
             max_new_tokens=max_answer_length,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_token_ids(tokenizer, model.generation_config.eos_token_id),
+            eos_token_id=ends,
         )
 
         def texts_of(generated: Tensor) -> list[str]:
@@ -398,7 +404,7 @@ class RAGModel:
             written = [[token for token in row if token != end] for row in generated.tolist()]
             return tokenizer.batch_decode(written, skip_special_tokens=True)
 
-        def generate(rows: list[int]) -> list[str]:
+        def generate(rows: list[int]) -> list[WrittenAnswer]:
             lengths = {row: len(prompts[row]) for row in rows}
             if "generator" in self.roles.separate and len(set(lengths.values())) > 1:  # rows without padding
                 alike = [[row for row in rows if lengths[row] == n] for n in set(lengths.values())]
@@ -409,11 +415,17 @@ class RAGModel:
             watched = None
             if watch is not None:
                 watched = StoppingCriteriaList([Watched(watch, rows, texts_of, input_ids.shape[1])])
+            likelihood = GreedyLogps(input_ids.shape[1], ends)
             generated = model.generate(
-                input_ids=input_ids, attention_mask=mask.long(), streamer=streamer, stopping_criteria=watched
+                input_ids=input_ids,
+                attention_mask=mask.long(),
+                streamer=streamer,
+                stopping_criteria=watched,
+                logits_processor=LogitsProcessorList([likelihood]),
             )
             texts = texts_of(generated[:, input_ids.shape[1] :])
-            return [text.strip() for text in texts]
+            logps = likelihood.logps.tolist()
+            return [WrittenAnswer(text.strip(), logp) for text, logp in zip(texts, logps, strict=True)]
 
         with generation_config(model, greedy):
             return self._in_chunks(generate, [len(prompt) + max_answer_length for prompt in prompts])

@@ -11,12 +11,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import error_content
 from .limits import ServerLimits
 
 
-def refusal(detail: str, status: int, **headers: str) -> JSONResponse:
+def refusal(scope: Scope, detail: str, status: int, **headers: str) -> JSONResponse:
     """A reply after which the connection is closed: the request's body may not have been read."""
-    return JSONResponse({"detail": detail}, status, {"Connection": "close", **headers})
+    return JSONResponse(error_content(scope["path"], detail, status), status, {"Connection": "close", **headers})
 
 
 class KnownHosts:
@@ -37,7 +38,7 @@ class KnownHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._name(scope) not in self.hosts:
-            return await refusal("the Host header names another server", 400)(scope, receive, send)
+            return await refusal(scope, "the Host header names another server", 400)(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _name(self, scope: Scope) -> str | None:
@@ -73,7 +74,9 @@ class ApiKey:
             given = dict(scope["headers"]).get(b"authorization", b"")
             # In a time that does not tell how much of it is right.
             if not hmac.compare_digest(given, self.expected):
-                reply = refusal("send the header Authorization: Bearer KEY", 401, **{"WWW-Authenticate": "Bearer"})
+                reply = refusal(
+                    scope, "send the header Authorization: Bearer KEY", 401, **{"WWW-Authenticate": "Bearer"}
+                )
                 return await reply(scope, receive, send)
         return await self.app(scope, receive, send)
 
@@ -101,10 +104,10 @@ class BodyLimits:
         except ClientDisconnect:
             return None
         except TimeoutError:
-            return await refusal("the body did not arrive in time", 408)(scope, receive, send)
+            return await refusal(scope, "the body did not arrive in time", 408)(scope, receive, send)
         if body is None:
             detail = f"the body has more than {self.limits.max_body_bytes} bytes"
-            return await refusal(detail, 413)(scope, receive, send)
+            return await refusal(scope, detail, 413)(scope, receive, send)
         sent = False
 
         async def replay() -> Message:

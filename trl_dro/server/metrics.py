@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .worker import Worker
 
 
-PATHS = ("/", "/answer", "/stream", "/health", "/ready", "/metrics")
+PATHS = ("/", "/answer", "/stream", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics")
 
 
 class Metrics:

@@ -229,8 +229,8 @@ class Worker:
         if not jobs:
             return
 
-        def watch(i: int, output: RAGOutput) -> bool:
-            if jobs[i].streamed:
+        def watch(i: int, output: RAGOutput | None) -> bool:
+            if jobs[i].streamed and output is not None:
                 jobs[i].tell(output, final=False)
             return jobs[i].over
 

@@ -3,7 +3,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
@@ -16,36 +16,12 @@ from ..model.control_tokens import end_token_id
 from ..model.prompts import Question, question_text
 from ..model.rag_model import RAGModel
 from ..model.roles import Role, note_role
-from ..model.shared_prefix import ReadPrompts
 from ..retrieval import Retriever
+from .citations import Citation, cite
+from .mixture import answer_questions
 from .rag_config import RAGConfig
 from .run_folder import LoadOptions, RoleSource, export_merged, find_system, load_rag, with_num_selected
-
-
-@dataclass
-class SelectedDocument:
-    """
-    One document of a selection.
-
-    Args:
-        id (`str`, *optional*):
-            Its id, if it has one.
-        title (`str`, *optional*):
-            Its title, if it has one.
-        text (`str`):
-            Its text.
-        position (`int`):
-            Its place among the candidates, from 1: the id that the selector wrote.
-        probability (`float`):
-            Probability with which the selector chose it next, given the question, the candidates and the documents
-            chosen before it.
-    """
-
-    id: str | None
-    title: str | None
-    text: str
-    position: int
-    probability: float
+from .selection import SelectedDocument, selected_documents
 
 
 @dataclass
@@ -55,18 +31,25 @@ class RAGOutput:
 
     Args:
         answer (`str`):
-            Greedy answer.
+            Greedy answer or, with `config.answer_permutations`, that with the greatest sum over permutations.
         documents (`list[SelectedDocument]`):
             Selected documents in the selector's order, which is the order that the generator reads; none if it was
-            allowed to select none and the answer is the generator's own.
+            allowed to select none and the answer is the generator's own. Of a sum, those that give the most to it.
+        logp (`float`):
+            Log-probability in nats that these documents are selected and the answer is given from them, or its sum;
+            while the answer is being written, of the selection alone.
+        citations (`list[Citation]`):
+            What the answer rests on among the documents, see [`~citations.cite`]; none while it is being written.
     """
 
     answer: str
     documents: list[SelectedDocument]
+    logp: float = 0.0
+    citations: list[Citation] = field(default_factory=list)
 
 
-# Sees a question's place and its output so far; returns whether to leave it there.
-Watch = Callable[[int, RAGOutput], bool]
+# Sees a question's place and its output so far, or `None` while nothing of it is certain; returns whether to leave it.
+Watch = Callable[[int, RAGOutput | None], bool]
 
 
 class RAGStream(NamedTuple):
@@ -175,7 +158,7 @@ class RAGPipeline:
     @overload
     def __call__(
         self,
-        question: list[Any],
+        question: Sequence[Any],
         documents: Sequence[Any] | None = ...,
         retriever: Retriever | None = ...,
         batch_size: int = ...,
@@ -187,7 +170,7 @@ class RAGPipeline:
         Selects documents and answers from them.
 
         Args:
-            question (`str`, `list[dict]`, or a list of either):
+            question (`str`, `list[dict]`, or a sequence of either):
                 A question, a dialogue (`{role, content}` messages that end with the user's), or several of them.
             documents (`list[dict]` or `list[str]`, or one such list per question, *optional*):
                 Candidates in retrieval order, with `text` and optionally `id` and `title`. The first
@@ -198,7 +181,8 @@ class RAGPipeline:
                 Questions per forward.
             watch (`Callable`, *optional*):
                 Called with a question's place and its [`RAGOutput`] so far, when its documents are selected and after
-                every token of its answer; where it returns `True`, that question is left unfinished.
+                every token of its answer; where it returns `True`, that question is left unfinished. With several
+                `config.answer_permutations` it is called with `None`, as no documents are selected before the end.
 
         Returns:
             [`RAGOutput`], or a list of them for several questions.
@@ -209,8 +193,9 @@ class RAGPipeline:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number from 1, not {batch_size!r}: raise it")
-        several = isinstance(question, list) and not _is_dialogue(question)
-        questions = question if several else [question]
+        # A column of a dataset is a sequence, but no list.
+        several = isinstance(question, Sequence) and not isinstance(question, str) and not _is_dialogue(question)
+        questions = list(question) if several else [question]
         candidates = documents if several or documents is None else [documents]
         records = self._records(questions, candidates, retriever or self.retriever)
         outputs: list[RAGOutput] = []
@@ -218,6 +203,8 @@ class RAGPipeline:
             seen = None if watch is None else partial(_watch_from, watch, start)
             with self._lock:
                 outputs += self._answer(records[start : start + batch_size], seen)
+        for record, output in zip(records, outputs, strict=True):
+            output.citations = cite(record["question"], output.answer, output.documents)
         return outputs if several else outputs[0]
 
     def select(
@@ -236,7 +223,8 @@ class RAGPipeline:
         selections: list[list[SelectedDocument]] = []
         for start in range(0, len(records), batch_size):
             with self._lock:
-                selections += self._select(records[start : start + batch_size])
+                outputs = self._select(records[start : start + batch_size])
+            selections += [output.documents for output in outputs]
         return selections
 
     def stream(
@@ -250,12 +238,16 @@ class RAGPipeline:
         threads wait until the pieces are read to the end or the iterator is closed.
 
         Returns:
-            [`RAGStream`]: joined and stripped, the pieces are the answer of [`~RAGPipeline.__call__`].
+            [`RAGStream`]: joined and stripped, the pieces are the answer of [`~RAGPipeline.__call__`]. With several
+            `config.answer_permutations` there is one piece, as no answer has won before the end.
         """
         records = self._records([question], None if documents is None else [documents], retriever or self.retriever)
         with self._lock:
-            [selection] = self._select(records)
-        return RAGStream(selection, self._pieces(records[0], selection))
+            if self.config.answer_permutations > 1:
+                [output] = self._answer(records)
+                return RAGStream(output.documents, iter([output.answer]))
+            [output] = self._select(records)
+        return RAGStream(output.documents, self._pieces(records[0], output.documents))
 
     def export_merged(self, role: Role, folder: str | Path) -> None:
         """
@@ -319,27 +311,23 @@ class RAGPipeline:
             groups.setdefault(rag.codec.num_selected, (rag, []))[1].append(row)
         return list(groups.values())
 
-    def _select(self, records: list[dict[str, Any]]) -> list[list[SelectedDocument]]:
-        selections: list[list[SelectedDocument]] = [[] for _ in records]
+    def _select(self, records: list[dict[str, Any]]) -> list[RAGOutput]:
+        """Outputs without answers, and the log-probabilities of their selections."""
+        outputs = [RAGOutput("", [])] * len(records)
         for rag, rows in self._groups(records):
             group = [records[row] for row in rows]
             with torch.no_grad():
                 read = rag.read(group)  # once, to select and to tell with what probability
-            padded = rag.sample(group, 1, greedy=True, read=read).permutations[:, 0].tolist()
-            permutations = [[i for i in permutation if i] for permutation in padded]
-            probabilities = choice_probabilities(rag, group, permutations, read)
-            for row, permutation, chosen in zip(rows, permutations, probabilities, strict=True):
-                documents = records[row]["documents"]
-                selections[row] = [
-                    SelectedDocument(
-                        documents[i - 1].get("id"), documents[i - 1].get("title"), documents[i - 1]["text"], i, p
-                    )
-                    for i, p in zip(permutation, chosen, strict=True)
-                ]
-        return selections
+            samples = rag.sample(group, 1, greedy=True, read=read)
+            selections = selected_documents(rag, group, samples.permutations[:, 0].tolist(), read)
+            for row, selection, logp in zip(rows, selections, samples.logps[:, 0].tolist(), strict=True):
+                outputs[row] = RAGOutput("", selection, logp)
+        return outputs
 
     def _answer(self, records: list[dict[str, Any]], watch: Watch | None = None) -> list[RAGOutput]:
-        outputs = [RAGOutput("", selection) for selection in self._select(records)]
+        if self.config.answer_permutations > 1:
+            return self._answer_by_sum(records, watch)
+        outputs = self._select(records)
         left = set() if watch is None else {row for row, output in enumerate(outputs) if watch(row, output)}
         for rag, group in self._groups(records):
             rows = [row for row in group if row not in left]
@@ -349,9 +337,28 @@ class RAGPipeline:
             permutations = torch.tensor([rag.codec.padded(each) for each in places])
             seen = None if watch is None else partial(_watch_answers, watch, rows, outputs)
             length = self.config.max_answer_length
-            answers = rag.answer([records[row] for row in rows], permutations, length, watch=seen)
+            answers = rag.write_answers([records[row] for row in rows], permutations, length, watch=seen)
             for row, answer in zip(rows, answers, strict=True):
-                outputs[row] = RAGOutput(answer, outputs[row].documents)
+                logp = outputs[row].logp + answer.logp
+                outputs[row] = RAGOutput(answer.text, outputs[row].documents, logp)
+        return outputs
+
+    def _answer_by_sum(self, records: list[dict[str, Any]], watch: Watch | None) -> list[RAGOutput]:
+        outputs = [RAGOutput("", [])] * len(records)
+        left = set() if watch is None else {row for row in range(len(records)) if watch(row, None)}
+        for rag, group in self._groups(records):
+            rows = [row for row in group if row not in left]
+            if not rows:
+                continue
+            asked = [records[row] for row in rows]
+            with torch.no_grad():
+                read = rag.read(asked)
+            seen = None if watch is None else partial(_watch_places, watch, rows)
+            number, length = self.config.answer_permutations, self.config.max_answer_length
+            answers = answer_questions(rag, asked, number, length, read, seen)
+            selections = selected_documents(rag, asked, [answer.permutation for answer in answers], read)
+            for row, answer, selection in zip(rows, answers, selections, strict=True):
+                outputs[row] = RAGOutput(answer.text, selection, answer.logp)
         return outputs
 
     def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
@@ -363,7 +370,7 @@ class RAGPipeline:
 
         def write() -> None:
             try:
-                rag.answer([record], permutation, self.config.max_answer_length, streamer)
+                rag.write_answers([record], permutation, self.config.max_answer_length, streamer)
             except _Closed:
                 pass
             except BaseException as error:
@@ -382,14 +389,19 @@ class RAGPipeline:
                 thread.join()
 
 
-def _watch_from(watch: Watch, start: int, row: int, output: RAGOutput) -> bool:
+def _watch_from(watch: Watch, start: int, row: int, output: RAGOutput | None) -> bool:
     """`watch` for a batch of questions of which the first is at place `start`."""
     return watch(start + row, output)
 
 
 def _watch_answers(watch: Watch, rows: list[int], outputs: list[RAGOutput], i: int, answer: str) -> bool:
     """`watch` for the answers of the questions at the places `rows`."""
-    return watch(rows[i], RAGOutput(answer, outputs[rows[i]].documents))
+    return watch(rows[i], replace(outputs[rows[i]], answer=answer))
+
+
+def _watch_places(watch: Watch, rows: list[int], i: int, answer: str) -> bool:
+    """`watch` for questions at the places `rows`, of whose answers none has won yet."""
+    return watch(rows[i], None)
 
 
 class _Closed(Exception):
@@ -409,51 +421,5 @@ class _Streamer(TextIteratorStreamer):
             super().put(value)
 
 
-@torch.no_grad()
-def choice_probabilities(
-    rag: RAGModel,
-    questions: Sequence[dict[str, Any]],
-    permutations: Sequence[Sequence[int]],
-    read: ReadPrompts | None = None,
-) -> list[list[float]]:
-    r"""
-    Probability of every choice of a permutation, \\( p(z_t \mid z_{<t}, x) \\). Their product is \\( p(z \mid x) \\),
-    unless it ends early: that choice is left out.
-
-    Args:
-        rag ([`~rag_model.RAGModel`]):
-            The models.
-        questions (`list[dict]` of length `B`):
-            Questions with their documents.
-        permutations (`list[list[int]]` of shape `(B, K)`):
-            Places in `documents`, from 1.
-        read ([`~shared_prefix.ReadPrompts`], *optional*):
-            What [`~rag_model.RAGModel.read`] gives for these questions, if it was called before.
-
-    Returns:
-        `list[list[float]]` of shape `(B, K)`
-    """
-    written = [
-        rag.codec.encode(permutation, len(question["documents"]), rag.document_logits(question))
-        for question, permutation in zip(questions, permutations, strict=True)
-    ]
-    completion = rag.written_logits([tokens for tokens, _ in written], rag.read(questions) if read is None else read)
-    probabilities = []
-    start = 0  # of the row in the logits of all
-    for (tokens, branches), permutation in zip(written, permutations, strict=True):
-        lengths = [len(rag.codec.id_tokens[i]) + len(rag.codec.separator) for i in permutation]
-        # First token after each id, where the next choice begins: it may be to end.
-        ends = torch.tensor(lengths, dtype=torch.long).cumsum(0) - len(rag.codec.separator)
-        logps = torch.zeros(len(permutation) + 1)
-        for branch in branches:
-            logits = completion.logits[start + branch.position, branch.allowed].float().cpu()
-            logits = logits + torch.tensor(branch.prior)
-            choice = int(torch.searchsorted(ends, branch.position, right=True))
-            logps[choice] += logits.log_softmax(dim=-1)[branch.chosen]
-        probabilities.append(logps[:-1].exp().tolist())
-        start += len(tokens)
-    return probabilities
-
-
-def _is_dialogue(question: list[Any]) -> bool:
+def _is_dialogue(question: Sequence[Any]) -> bool:
     return bool(question) and isinstance(question[0], dict)

@@ -54,6 +54,8 @@ class RAGConfig:
             Longest document in tokens.
         max_answer_length (`int`, *optional*, defaults to `64`):
             Longest answer in tokens.
+        answer_permutations (`int`, *optional*, defaults to `1`):
+            Permutations under which an answer is looked for, see [`~mixture.answer_questions`].
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the tokenizer's chat template.
     """
@@ -70,6 +72,7 @@ class RAGConfig:
     max_prompt_length: int | None = None
     max_document_length: int | None = None
     max_answer_length: int = 64
+    answer_permutations: int = 1
     chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
@@ -153,6 +156,7 @@ class RAGConfig:
             "num_selected",
             "max_candidates",
             "max_answer_length",
+            "answer_permutations",
             "max_prompt_length",
             "max_document_length",
         ):

@@ -12,6 +12,7 @@ from ..model.permutation import PriorSource, SelectorLikelihood
 from ..model.prompts import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE, check_template
 from ..model.query_likelihood import SelectorForm
 from ..model.self_check import SharedPrefix
+from .combinations import check_combinations
 from .estimation import AnswerTarget
 from .ranges import check_numbers, check_types
 
@@ -26,13 +27,6 @@ _CHOICES = {
     "selector_likelihood": list(get_args(SelectorLikelihood)),
     "shared_prefix": list(get_args(SharedPrefix)),
 }
-# Settings of transformers that nothing here heeds: name, value that asks for nothing, reason.
-_IGNORED = (
-    ("label_smoothing_factor", 0.0, "DRO weighs likelihoods, and smoothed labels give none"),
-    ("neftune_noise_alpha", None, "likelihoods under noise would be noise in the importance weights"),
-    ("train_sampling_strategy", "random", "questions come in random order, block by block"),
-    ("include_num_input_tokens_seen", "no", "tokens are logged as tokens_per_second"),
-)
 
 
 @dataclass
@@ -94,7 +88,11 @@ class DROConfig(_BaseConfig):
         max_document_length (`int`, *optional*):
             Longest document in tokens, title included.
         max_answer_length (`int`, *optional*, defaults to `64`):
-            Longest answer in tokens, in training and in generation. A longer training target is an error.
+            Longest answer in tokens, in training and in generation. A longer target is an error (`--long_answers`).
+        answer_permutations (`int`, *optional*, defaults to `1`):
+            Permutations under which evaluation, and the trained system, look for an answer. `1` answers from the
+            greedy permutation. More answer from each of the most probable ones, and take the answer with the greatest
+            sum of \\( p(z \mid x) \, p(y \mid x, d_z) \\), the quantity that training maximises.
         shuffle_candidates (`bool`, *optional*, defaults to `True`):
             Shuffle each question's candidates in training, so that the selector cannot lean on their position. Never
             in evaluation.
@@ -266,6 +264,10 @@ class DROConfig(_BaseConfig):
     max_answer_length: int = field(
         default=64, metadata={"help": "Longest answer in tokens, in training and in generation."}
     )
+    answer_permutations: int = field(
+        default=1,
+        metadata={"help": "Permutations whose answers are added up when answering; 1 answers from the greedy one."},
+    )
     shuffle_candidates: bool = field(
         default=True, metadata={"help": "Shuffle each question's candidates in training. Never in evaluation."}
     )
@@ -372,7 +374,7 @@ class DROConfig(_BaseConfig):
             self.dataloader_pin_memory = False  # there is nothing to load, and torch warns
         super().__post_init__()
         self._check_ranges()
-        self._check_combinations()
+        check_combinations(self)
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(
                 f'chat_template_kwargs must be a dict, as `{{"enable_thinking": false}}`, not '
@@ -406,6 +408,7 @@ class DROConfig(_BaseConfig):
             "num_selected": 1,
             "num_permutations": 1,
             "max_answer_length": 1,
+            "answer_permutations": 1,
             "maximization_epochs": 1,
             "max_skipped_updates": 1,
             "max_candidates": self.num_selected,
@@ -447,53 +450,3 @@ class DROConfig(_BaseConfig):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-
-    def _check_combinations(self) -> None:
-        if not (self.train_selector or self.train_generator):
-            raise ValueError("train_selector and train_generator are both False: there is nothing to train")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the questions and documents: leave it False")
-        for name, neutral, reason in _IGNORED:
-            if getattr(self, name) not in (neutral, None):
-                raise ValueError(f"{name}={getattr(self, name)!r}: {reason}; leave it {neutral!r}")
-        if self.answer_target == "all" and self.answer_likelihood == "mean":
-            raise ValueError(
-                "answer_target='all' sums likelihoods, and the mean over tokens is none: set answer_likelihood='sum'"
-            )
-        if self.selector_estimator == "vimco":
-            if self.steps_per_estimation != 1 or self.maximization_epochs != 1:
-                raise ValueError(
-                    "selector_estimator='vimco' is a gradient at the selector that drew the permutations; followed "
-                    "over several updates it has no minimum: set steps_per_estimation=1 and maximization_epochs=1, or "
-                    "choose rws_centered or rws"
-                )
-            if self.num_permutations < 2:
-                raise ValueError(
-                    "selector_estimator='vimco' compares permutations with each other: set num_permutations to 2 "
-                    "or more"
-                )
-            if self.sampling == "distinct":
-                raise ValueError(
-                    "selector_estimator='vimco' needs independent permutations: set sampling='independent', or choose "
-                    "rws or rws_centered"
-                )
-            if self.temperature != 1 or self.top_p != 1 or self.selector_likelihood != "constrained":
-                raise ValueError(
-                    "selector_estimator='vimco' needs permutations drawn from the selector itself: set temperature=1, "
-                    "top_p=1 and selector_likelihood='constrained', or choose rws or rws_centered"
-                )
-        if self.selector_form == "query_likelihood" and self.selector_likelihood == "full_vocabulary":
-            raise ValueError(
-                "selector_likelihood='full_vocabulary' is that of written ids, and selector_form='query_likelihood' "
-                "writes none: set selector_likelihood='constrained'"
-            )
-        if self.retriever_prior and self.selector_likelihood == "full_vocabulary":
-            raise ValueError(
-                "selector_likelihood='full_vocabulary' trains a selector to write alone, where no retriever_prior is "
-                "added: set retriever_prior=0, or selector_likelihood='constrained'"
-            )
-        if self.selector_estimator == "rws_centered" and self.selector_likelihood == "full_vocabulary":
-            raise ValueError(
-                "selector_estimator='rws_centered' subtracts the very gradient by which "
-                "selector_likelihood='full_vocabulary' teaches the format: choose rws"
-            )

@@ -445,8 +445,8 @@ class DROTrainer(RoleTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        Selects greedily, generates answers, and scores both: `em`, `f1`, `recall@k` of the selector and of the
-        retriever, and over `num_permutations` sampled permutations the `elbo`, the `iwae_bound` and the `loss`, which
+        Selects greedily, generates answers, and scores both: `em`, `f1`, `contains`, `recall@k` of the selector and
+        the retriever, and over `num_permutations` sampled permutations `elbo`, `iwae_bound` and `loss`, which
         is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
         """
         self.callback_handler.eval_dataloader = dataloader
@@ -475,7 +475,8 @@ class DROTrainer(RoleTrainer):
 
     def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
         """Answer of each question, and its scores by name, each of shape `(B,)`."""
-        answers, scores = answer_and_score(self.rag, questions, self.args.max_answer_length)
+        length, num_answers = self.args.max_answer_length, self.args.answer_permutations
+        answers, scores = answer_and_score(self.rag, questions, length, num_answers)
         keys = [f"{self.args.seed}, {question_text(question['question'])}" for question in questions]
         _, targets, seeds = draw(questions, keys, shuffle_candidates=False, answer_target="first")
         samples = self._sample(questions, temperature=1.0, top_p=1.0, seeds=seeds)
