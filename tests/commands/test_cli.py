@@ -345,6 +345,8 @@ def test_serve_names_the_extra_that_it_needs(monkeypatch):
         ("retrieve q --corpus c --output_dir o --k1 -1", "--k1 -1.0: it must be at least 0"),
         ("retrieve q --corpus c --output_dir o --b 5", "--b 5.0: it must be at least 0 and at most 1"),
         ("retrieve q --corpus c --output_dir o --words_per_passage 0", "--words_per_passage 0: it must be at least 1"),
+        ("serve run --corpus c --overlap_words 100", "--overlap_words 100: it must be at least 0 and at most 99"),
+        ("train --questions q --corpus c --words_per_passage 0", "--words_per_passage 0: it must be at least 1"),
         ("warmup --dataset_name d --rank_noise nan", "'nan' is not a finite number"),
         ("warmup --dataset_name d --max_document_length -5", "--max_document_length -5: it must be at least 1"),
         ("warmup --dataset_name d --max_candidates 3", "--max_candidates 3: it must be at least 5"),

@@ -101,6 +101,23 @@ def test_without_questions_a_model_is_asked_to_write_some(world, capsys):
     assert "trl-dro questions documents --output_dir out/questions" in capsys.readouterr().out
 
 
+def test_every_command_cuts_the_documents_alike(world, capsys):
+    quickstart(arguments(dry_run=True, words_per_passage=4, overlap_words=1))
+    flags = "--words_per_passage 4 --overlap_words 1"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if flags in line] == ["retrieve", "retrieve", "serve"]
+    written = {"api_base": "http://h/v1", "api_model": "m", "cache_dir": "cache", "dry_run": True}
+    quickstart(QuickstartArguments("documents", None, "b", overlap_words=1, **written))
+    assert "--overlap_words 1" in capsys.readouterr().out
+
+
+def test_both_trainings_do_the_same_with_long_answers(world, capsys):
+    quickstart(arguments(dry_run=True, long_answers="drop"))
+    flags = "--long_answers drop --max_answer_length 64"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if flags in line] == ["warmup", "train", "train"]
+
+
 def test_one_question_is_too_few(world):
     (world / "questions.jsonl").write_text('{"question": "Who?", "answers": ["Ada"]}\n')
     with pytest.raises(DatasetError, match="one question cannot be trained on and evaluated too"):

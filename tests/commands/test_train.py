@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -163,6 +164,32 @@ def test_dry_run_finds_what_the_run_would_end_with(files):
         train(*parse(*arguments, "--max_answer_length", 1))
     with pytest.raises(ValueError, match="quantized weights cannot be trained: set --use_peft"):
         train(*parse(*arguments[:-2], "--load_in_4bit", "--dry_run"))
+
+
+@pytest.mark.parametrize("long_answers, num_questions", [("drop", 5), ("truncate", 6)])
+def test_long_answers_are_dropped_or_cut_where_that_is_asked_for(
+    long_answers, num_questions, files, monkeypatch, capsys
+):
+    rows = (files / "questions.jsonl").read_text().splitlines(keepends=True)
+    rows[0] = rows[0].replace("Anna 0", "Anna " * 40)
+    (files / "questions.jsonl").write_text("".join(rows))
+    arguments = [
+        *("--questions", files / "questions.jsonl", "--eval_questions", files / "questions.jsonl"),
+        *("--corpus", files / "corpus.jsonl", "--max_candidates", 6, "--max_answer_length", 24),
+        *("--output_dir", files / "run", "--use_peft"),
+    ]
+    with pytest.raises(ValueError, match=r"answers\[0\]: has \d+ tokens, .* \(--long_answers drop\)"):
+        train(*parse(*arguments, "--dry_run"))
+    arguments += ["--long_answers", long_answers]
+    train(*parse(*arguments, "--dry_run"))
+    assert f"{num_questions} to train on, {num_questions} to evaluate on" in capsys.readouterr().out
+    given = {}
+    monkeypatch.setattr(training, "DROTrainer", lambda **kwargs: given.update(kwargs) or sys.exit())
+    with pytest.raises(SystemExit):
+        train(*parse(*arguments))
+    for name in ("train_dataset", "eval_dataset"):
+        assert len(given[name]) == num_questions
+        assert max(len(answers[0]) for answers in given[name]["answers"]) < 100
 
 
 def test_a_small_run_is_told_in_units_that_fit_it_and_for_a_cpu(files, capsys):

@@ -144,6 +144,19 @@ def test_answers_are_limited_by_the_setting_that_dro_has(tmp_path, capsys):
         warm_up(*parse(tmp_path, "--max_answer_length", "1"))
 
 
+def test_long_answers_are_no_examples_where_that_is_asked_for(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(warmup, "print_examples", shown.update)
+    dataset = make_dataset(4)
+    tokenizer = warmup.load_tokenizer(warmup.tiny_model_for(parse(tmp_path)[0]), None)
+    longest = max(len(tokenizer(answers[0], add_special_tokens=False).input_ids) for answers in dataset["answers"])
+    warm_up(*parse(tmp_path, "--max_answer_length", str(longest - 1), "--long_answers", "truncate"))
+    assert len(shown["generator"]) == 4
+    assert max(sum(mask) for mask in shown["generator"]["completion_mask"]) <= longest  # with the end of the turn
+    with pytest.raises(ValueError, match="--long_answers drop: say which are too long, --max_answer_length"):
+        parse(tmp_path, "--long_answers", "drop")
+
+
 def test_rankings_are_of_any_length_that_is_allowed(tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(warmup, "print_examples", shown.update)

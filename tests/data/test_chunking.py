@@ -1,11 +1,14 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
-import sys
+import random
 
 import pytest
 
-from trl_dro.data import DatasetError, open_corpus, read_corpus
-from trl_dro.data.chunking import DocumentFolder
+from trl_dro.data import Corpus, DatasetError, open_corpus, read_corpus
+from trl_dro.data.chunking import DocumentFolder, cut_document
+from trl_dro.data.documents import Block, Reading
+
+from .test_documents import write_pdf
 
 
 @pytest.fixture
@@ -92,45 +95,70 @@ def test_broken_document_is_refused_with_file_and_line(folder):
         by_id(folder)
 
 
-def test_html_gives_title_and_visible_text(tmp_path):
-    pytest.importorskip("bs4", reason="needs beautifulsoup4: pip install trl_dro[documents]")
-    page = "<html><head><title>Bees</title><script>var x;</script></head><body><p>Bees <b>make</b></p><p>honey.</p>"
-    (tmp_path / "page.html").write_text(page)
-    [passage] = by_id(tmp_path).values()
-    assert passage == {"id": "page.html#0", "title": "Bees", "text": "Bees make honey."}
+def test_passages_end_where_sentences_do(tmp_path):
+    sentences = [f"Sentence {number} has these six words." for number in range(5)]
+    (tmp_path / "a.txt").write_text(" ".join(sentences))
+    texts = [row["text"] for row in by_id(tmp_path, words_per_passage=16).values()]
+    assert texts == [" ".join(sentences[:2]), " ".join(sentences[2:4]), sentences[4]]
 
 
-def test_pdf_gives_its_text(tmp_path):
-    pypdf = pytest.importorskip("pypdf", reason="needs pypdf: pip install trl_dro[documents]")
-    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+def test_a_passage_begins_with_the_last_sentences_of_the_one_before(tmp_path):
+    sentences = [f"Sentence {number} has these six words." for number in range(4)]
+    (tmp_path / "a.txt").write_text(" ".join(sentences))
+    texts = [row["text"] for row in by_id(tmp_path, words_per_passage=13, overlap_words=7).values()]
+    assert texts == [" ".join(sentences[number : number + 2]) for number in range(3)]
+    assert len(by_id(tmp_path, words_per_passage=13, overlap_words=5)) == 2  # no sentence is as short
+    assert DocumentFolder(tmp_path, 13, 7).fingerprint() != DocumentFolder(tmp_path, 13).fingerprint()
+    with pytest.raises(DatasetError, match="overlap_words=13 must be at least 0 and below words_per_passage=13"):
+        DocumentFolder(tmp_path, 13, 13)
 
-    writer = pypdf.PdfWriter()
-    page = writer.add_blank_page(width=200, height=200)
-    font = DictionaryObject(
-        {
-            NameObject("/Type"): NameObject("/Font"),
-            NameObject("/Subtype"): NameObject("/Type1"),
-            NameObject("/BaseFont"): NameObject("/Helvetica"),
-        }
+
+def test_overlap_never_makes_a_passage_longer(tmp_path):
+    rng = random.Random(0)
+    sentences = [" ".join(["Word"] * rng.randint(1, 30)) + "." for _ in range(100)]
+    (tmp_path / "a.txt").write_text(" ".join(sentences))
+    texts = [row["text"] for row in by_id(tmp_path, words_per_passage=20, overlap_words=12).values()]
+    assert max(len(text.split()) for text in texts) == 20
+
+
+def test_titles_are_the_path_of_headings(tmp_path):
+    text = "# Handbook\n\nAll.\n\n## Travel\n\nFar.\n\n### Hotels\n\nRitz.\n\n## Food\n\nEat.\n"
+    (tmp_path / "a.md").write_text(text)
+    assert [(row["title"], row["text"]) for row in by_id(tmp_path).values()] == [
+        ("Handbook", "All."),
+        ("Handbook > Travel", "Far."),
+        ("Handbook > Travel > Hotels", "Ritz."),
+        ("Handbook > Food", "Eat."),
+    ]
+
+
+def test_a_title_that_holds_the_highest_heading_is_not_followed_by_it():
+    document = Reading("Travel | Example Inc", [Block("Far.", ("Travel", "Hotels"))])
+    assert list(cut_document(document)) == [("Travel | Example Inc > Hotels", "Far.", None)]
+
+
+def test_rows_of_a_table_are_not_cut(tmp_path):
+    rows = [Block(f"City: C. {number}; Limit: 100 EUR.", is_row=True) for number in range(3)]  # 6 words
+    texts = [text for _, text, _ in cut_document(Reading("a", rows), words_per_passage=13)]
+    assert texts == [f"{rows[0].text} {rows[1].text}", rows[2].text]
+
+
+def test_passages_have_the_page_on_which_they_begin(tmp_path):
+    write_pdf(tmp_path / "bees.pdf", ["Bees fly. They make", "honey. Wasps sting."], "Bees")
+    (tmp_path / "a.txt").write_text("Ants.")
+    rows = [(key, row["text"], row["page"]) for key, row in by_id(tmp_path, words_per_passage=3).items()]
+    expected = [("a.txt#0", "Ants.", None), ("bees.pdf#0", "Bees fly.", 1), ("bees.pdf#1", "They make honey.", 1)]
+    assert rows == [*expected, ("bees.pdf#2", "Wasps sting.", 2)]
+    corpus = open_corpus(tmp_path, tmp_path / "cache", show_progress=False)
+    assert [passage["page"] for passage in corpus.documents([1, 0])] == [1, None]
+    assert (
+        corpus.documents([0, 1])
+        == read_corpus(tmp_path)
+        == Corpus.from_documents(read_corpus(tmp_path)).documents([0, 1])
     )
-    page[NameObject("/Resources")] = DictionaryObject(
-        {NameObject("/Font"): DictionaryObject({NameObject("/F1"): writer._add_object(font)})}
-    )
-    content = DecodedStreamObject()
-    content.set_data(b"BT /F1 12 Tf 20 100 Td (Bees make honey.) Tj ET")
-    page[NameObject("/Contents")] = writer._add_object(content)
-    writer.add_metadata({"/Title": "Bees"})
-    writer.write(tmp_path / "bees.pdf")
-    [passage] = by_id(tmp_path).values()
-    assert passage == {"id": "bees.pdf#0", "title": "Bees", "text": "Bees make honey."}
-    (tmp_path / "bees.pdf").write_bytes(b"no PDF")
-    with pytest.raises(DatasetError, match="cannot be read as PDF"):
-        by_id(tmp_path)
 
 
-@pytest.mark.parametrize("name, package", [("page.html", "bs4"), ("file.pdf", "pypdf")])
-def test_missing_extra_is_named(name, package, tmp_path, monkeypatch):
-    (tmp_path / name).write_text("x")
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install trl_dro\[documents\]"):
-        by_id(tmp_path)
+def test_one_document_is_a_corpus(tmp_path):
+    (tmp_path / "a.md").write_text("# Bees\n\nBees fly.\n")
+    (tmp_path / "b.md").write_text("No.")
+    assert read_corpus(tmp_path / "a.md") == [{"id": "a.md#0", "title": "Bees", "text": "Bees fly."}]

@@ -40,6 +40,11 @@ def test_any_alias_counts_after_normalisation():
     assert scores["em"] == scores["f1"] == 1.0
 
 
+def test_an_answer_in_a_sentence_is_contained_and_no_exact_match():
+    scores = score_prediction("It was by Anna Brown.", CANDIDATES[:1], CANDIDATES, ["nobody", "anna brown"])
+    assert (scores["em"], scores["contains"]) == (0.0, 1.0)
+
+
 def test_answer_in_a_title_is_not_found():
     assert score_prediction("", CANDIDATES[:1], CANDIDATES, ["Anna"])["recall@1"] == 0.0
 

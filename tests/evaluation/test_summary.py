@@ -9,7 +9,8 @@ from trl_dro.evaluation.summary import load_baseline, report_table, summarize
 
 
 def scored(em, outcome="correct", **more):
-    return {"question": "q", "em": em, "f1": em, "outcome": outcome, "seconds": 0.5, "tokens": 10} | more
+    scores = {"em": em, "f1": em, "contains": em, "outcome": outcome, "seconds": 0.5, "tokens": 10}
+    return {"question": "q"} | scores | more
 
 
 ROWS = (
@@ -53,6 +54,8 @@ def test_the_table_has_percentages_intervals_and_p_values():
     [line] = [line for line in plain.splitlines() if "exact match" in line]
     assert max(map(len, plain.splitlines())) <= 80
     assert "60.0" in line and "baseline" not in plain
+    same = [line.split("  ")[0] for line in plain.splitlines() if "60.0" in line]
+    assert same == ["exact match", "F1", "contains answer"]
     compared = text(summarize(ROWS, ROWS), "runs/bm25")
     labels = {line.split("  ")[0] for line in compared.splitlines()}
     assert {"error: generation", "seconds/question"} <= labels  # nothing wraps

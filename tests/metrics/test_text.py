@@ -1,9 +1,10 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
+import random
 import unicodedata
 
 import pytest
 
-from trl_dro.metrics import exact_match, f1, has_answer, normalize_answer, recall_at_k
+from trl_dro.metrics import contains, exact_match, f1, has_answer, normalize_answer, recall_at_k
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,32 @@ def test_exact_match_takes_the_best_gold_answer():
 )
 def test_f1_is_that_of_bags_of_words(prediction, answers, score):
     assert f1(prediction, answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, contained",
+    [
+        ("Lorenzo Monaco was influenced by Giotto.", ["Giotto"], True),
+        ("He lived in the U.S. for years", ["Rome", "US"], True),
+        ("the New York Times", ["New York"], True),
+        ("York is new", ["New York"], False),  # other order
+        ("He was a partisan", ["art"], False),  # within a word
+        ("Giotto", ["Giotto di Bondone"], False),
+        ("", ["Giotto"], False),
+        ("Anything", ["the", " "], False),  # nothing is left of these
+        ("The", ["a"], True),  # as exact match has it
+        (" ", ["the"], False),
+    ],
+)
+def test_an_answer_is_contained_word_for_word(prediction, answers, contained):
+    assert contains(prediction, answers) == float(contained)
+
+
+def test_what_matches_exactly_is_contained():
+    rng = random.Random(0)
+    for _ in range(500):
+        prediction, answer = ("".join(rng.choices("aA bt.,he ", k=rng.randint(0, 4))) for _ in range(2))
+        assert contains(prediction, [answer]) >= exact_match(prediction, [answer]), (prediction, answer)
 
 
 def test_f1_is_symmetric_and_bounds_exact_match():

@@ -17,6 +17,8 @@ from trl_dro.metrics import recall_at_k
 from trl_dro.retrieval import BM25Retriever, PrecomputedRetriever, retrieve_to_folder
 from trl_dro.retrieval.job import count_hits, read_report
 
+from ..data.test_documents import write_pdf
+
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"{first}{second}{third}" for first in "bdfgklmn" for second in "aeiou" for third in "prst"]
@@ -299,3 +301,14 @@ def test_a_command_killed_five_times_ends_as_one_that_was_not(tmp_path, shared_d
     recall = [read_report(tmp_path / output / "train")["recall"] for output in ("whole", "killed")]
     assert recall[0] == recall[1]
     assert not list(tmp_path.glob("killed*/**/*.partial"))
+
+
+def test_candidates_keep_the_page_that_they_begin_on(tmp_path):
+    write_pdf(tmp_path / "documents" / "bees.pdf", ["Wasps sting.", "Bees fly."])
+    (tmp_path / "documents" / "ants.txt").write_text("Ants walk.")
+    corpus = open_corpus(tmp_path / "documents", tmp_path / "cache", words_per_passage=2, show_progress=False)
+    questions = Dataset.from_list([{"question": name, "answers": ["x"]} for name in ("ants walk", "bees fly")])
+    retriever = BM25Retriever(show_progress=False)
+    settings = {"k": 1, "cache_dir": tmp_path / "cache", "shard_size": 1}
+    dataset = retrieve_to_folder(questions, retriever, corpus, tmp_path / "out", **settings)
+    assert [row["documents"][0]["page"] for row in dataset] == [None, 2]

@@ -111,6 +111,12 @@ def test_documents_can_be_plain_texts(pipe):
     assert {document.id for document in output.documents} == {None}
 
 
+def test_selected_documents_keep_their_page(pipe):
+    documents = [{"text": f"number {page}", "page": page} for page in (3, 5)]
+    output = pipe("who wrote number 0?", documents=documents)
+    assert [document.page for document in output.documents] == [2 * place + 1 for place in places(output)]
+
+
 def test_fewer_documents_than_are_selected_are_all_ranked(pipe):
     outputs = pipe(["who?", "who wrote?"], documents=[RECORDS[0]["documents"][:1], RECORDS[0]["documents"]])
     assert places(outputs[0]) == [1] and outputs[0].documents[0].probability == 1.0

@@ -709,7 +709,7 @@ def test_evaluation_reports_both_roles_and_the_retriever_and_repeats_exactly(mak
     trainer = make_trainer(eval_dataset=make_dataset(3))
     first = trainer.evaluate()
     bounds = ["elbo", "iwae_bound", "loss"]
-    names = ["em", "f1", "recall@1", "recall@2", "retriever_recall@1", "retriever_recall@2", *bounds]
+    names = ["em", "f1", "contains", "recall@1", "recall@2", "retriever_recall@1", "retriever_recall@2", *bounds]
     assert {f"eval_{name}" for name in names} <= set(first)
     assert first["eval_elbo"] <= first["eval_iwae_bound"] + 1e-5
     second = trainer.evaluate()

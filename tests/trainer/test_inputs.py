@@ -5,10 +5,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 
 from trl_dro import DROConfig, DROTrainer
-from trl_dro.trainer.inputs import disable_dropout, refuse_unsupported
+from trl_dro.data import DatasetError, build_dataset, validate_dataset
+from trl_dro.trainer.inputs import disable_dropout, fit_answers, refuse_unsupported
 
 from ..model.families import family_config
-from ..tiny_models import bpe_tokenizer, tiny_llama
+from ..tiny_models import bpe_tokenizer, tiny_llama, word_level_tokenizer
 from .test_dro_trainer import gradients, make_dataset, relative_error, run_step
 
 
@@ -90,3 +91,51 @@ def test_flash_attention_is_refused_unless_no_prompt_is_shared(tmp_path):
     with pytest.raises(ValueError, match="shared_prefix='never'"):
         refuse_unsupported(DROConfig(**settings, use_cpu=True, bf16=False))
     refuse_unsupported(DROConfig(**settings, use_cpu=True, bf16=False, shared_prefix="never"))
+
+
+def answers_of(dataset):
+    return [row["answers"] for row in dataset]
+
+
+LONG = "Anna Brown was born in Paris"
+# Targets, with word_level_tokenizer: a word, a token.
+ANSWERS = [["Anna", LONG], [LONG, "Anna"], ["Anna Brown"], [LONG]]
+
+
+def fit(long_answers, all_answers=False, answers=ANSWERS, most=3):
+    records = [
+        {"id": str(row), "question": "who?", "answers": each, "documents": [{"text": "a"}]}
+        for row, each in enumerate(answers)
+    ]
+    return fit_answers(build_dataset(records), "data", word_level_tokenizer(), most, long_answers, all_answers)
+
+
+def test_long_answers_are_left_out_with_their_questions(caplog):
+    dataset = fit("drop")
+    assert dataset["id"][:] == ["0", "2"] and answers_of(dataset) == [ANSWERS[0], ANSWERS[2]]
+    said = "questions, answers of over max_answer_length=3 tokens were left out"
+    assert f"data: of 2 of 4 {said}, 2 of them with the question" in caplog.text
+    dataset = fit("drop", all_answers=True)  # where another alias is a target, the question stays
+    assert dataset["id"][:] == ["0", "1", "2"] and answers_of(dataset) == [["Anna"], ["Anna"], ["Anna Brown"]]
+    assert f"data: of 3 of 4 {said}, 1 of them with the question" in caplog.text
+
+
+def test_long_answers_are_cut_after_a_word(caplog):
+    cut = "Anna Brown was"
+    dataset = fit("truncate")
+    assert answers_of(dataset) == [ANSWERS[0], [cut, "Anna"], ["Anna Brown"], [cut]]
+    assert "of 2 of 4 questions" in caplog.text and "were cut" in caplog.text
+    assert answers_of(fit("truncate", all_answers=True))[0] == ["Anna", cut]
+    validate_dataset(dataset, 1)
+    records = [{"question": "who?", "answers": ["a" * 500 + " b"], "documents": [{"text": "a"}]}]
+    [[answer]] = answers_of(fit_answers(build_dataset(records), "data", TOKENIZER, 3, "truncate"))
+    assert 1 <= len(TOKENIZER(answer, add_special_tokens=False).input_ids) <= 3 and set(answer) == {"a"}
+
+
+def test_short_answers_are_left_alone(caplog):
+    short = [["Anna", LONG], ["Anna Brown"]]
+    for long_answers in ("error", "drop", "truncate"):
+        assert answers_of(fit(long_answers, answers=short)) == short
+    assert answers_of(fit("error")) == ANSWERS and not caplog.text  # an error of the check that follows
+    with pytest.raises(DatasetError, match="data: no answer has as few tokens as max_answer_length=3; raise it"):
+        fit("drop", answers=[[LONG]])

@@ -132,7 +132,8 @@ def test_permutations_go_to_the_trackers_that_are_reported_to(tmp_path, monkeypa
 
 
 def test_comparison_shows_percentages_bounds_and_the_retrievers_recall():
-    before = {"eval_em": 0.1, "eval_f1": 0.2, "eval_recall@1": 0.3, "eval_recall@5": 0.4, "eval_elbo": -5.0}
+    before = {"eval_em": 0.1, "eval_f1": 0.2, "eval_contains": 0.25, "eval_elbo": -5.0}
+    before |= {"eval_recall@1": 0.3, "eval_recall@5": 0.4}
     before |= {"eval_retriever_recall@1": 0.25, "eval_retriever_recall@5": 0.45, "eval_iwae_bound": -4.0}
     after = {name: value + 0.5 for name, value in before.items()}
     table = comparison_table(before, after)
@@ -140,6 +141,7 @@ def test_comparison_shows_percentages_bounds_and_the_retrievers_recall():
     assert rows == [
         ("exact match, %", "", "10.0", "60.0", "+50.0"),
         ("F1, %", "", "20.0", "70.0", "+50.0"),
+        ("contains answer, %", "", "25.0", "75.0", "+50.0"),
         ("Recall@1, %", "25.0", "30.0", "80.0", "+50.0"),
         ("Recall@5, %", "45.0", "40.0", "90.0", "+50.0"),
         ("ELBO, nats", "", "-5.00", "-4.50", "+0.50"),

@@ -35,8 +35,8 @@ ANSWER_PERMUTATIONS_HELP = "Answer from so many permutations, and take the answe
 
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
-    "Passages: jsonl, tsv (either may be gz), parquet, Hub id (`id` or `id:config`), or a folder of documents to cut "
-    "into passages."
+    "Passages: jsonl, tsv, csv (each may be gz), json, parquet, Hub id (`id` or `id:config`); or a document, or a "
+    "folder of them, to cut into passages."
 )
 DATASET_HELP = "Dataset with candidates: a Hub id, a `save_to_disk` folder, or a jsonl or parquet file."
 
@@ -102,6 +102,30 @@ class LaunchArguments:
 
 
 @dataclass(kw_only=True)
+class CuttingArguments:
+    """
+    How documents are cut into passages, see [`~data.chunking.DocumentFolder`].
+
+    Args:
+        words_per_passage (`int`, *optional*, defaults to `100`):
+            Most words of a passage.
+        overlap_words (`int`, *optional*, defaults to `0`):
+            Most words of the sentences at the end of a passage with which the next one begins again.
+    """
+
+    words_per_passage: int = field(default=100, metadata={"help": "Most words of a passage cut from documents."})
+    overlap_words: int = field(
+        default=0, metadata={"help": "Most words, in whole sentences, that a passage repeats of the one before."}
+    )
+
+    def cut(self) -> tuple[int, int]:
+        """Both. Raises `ValueError` if one is out of its range."""
+        check_range(self, ["words_per_passage"], 1)
+        check_range(self, ["overlap_words"], 0, self.words_per_passage - 1)
+        return self.words_per_passage, self.overlap_words
+
+
+@dataclass(kw_only=True)
 class LoadArguments:
     """
     Which system to load, and how.
@@ -164,9 +188,9 @@ class LoadArguments:
 
 
 @dataclass(kw_only=True)
-class QuestionArguments(LoadArguments, LaunchArguments):
+class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     """
-    Questions that a system is asked, see also [`LoadArguments`] and [`LaunchArguments`].
+    Questions that a system is asked, see also [`LoadArguments`], [`LaunchArguments`] and [`CuttingArguments`].
 
     Args:
         questions (`str`, *optional*):
@@ -218,6 +242,7 @@ class QuestionArguments(LoadArguments, LaunchArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.cut()
         check_range(self, ["max_questions", "max_candidates", "answer_permutations", "tokens_per_batch"], 1)
         if self.num_processes is not None and self.num_processes > 1 and ":" in (self.device or ""):
             raise ValueError(f"--device {self.device} is one device, for which processes would queue: leave it out")

@@ -47,6 +47,6 @@ def load_questions(args: QuestionArguments, read_file: Callable[[str, list[BadRo
 
 def find_candidates(args: QuestionArguments, questions: Questions, max_candidates: int) -> None:
     """Gives questions their candidates, if there is something to find them with."""
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
     if retriever is not None:
         questions.dataset = retrieve_candidates(questions.dataset, retriever, max_candidates)

@@ -17,7 +17,7 @@ from ..synthetic.gates import GATES, sift
 from ..synthetic.job import choose_passages, split_by_document, write_candidates
 from ..synthetic.writers import QUESTION_WORDS, Endpoint, LocalModel, Writer
 from ..system.run_folder import LoadOptions
-from .arguments import CORPUS_HELP, check_range
+from .arguments import CORPUS_HELP, CuttingArguments, check_range
 
 
 TRAIN_FILE, DEV_FILE, REFUSED_FILE, SUMMARY_FILE = "train.jsonl", "dev.jsonl", "refused.jsonl", "summary.json"
@@ -26,9 +26,9 @@ Row = dict[str, Any]
 
 
 @dataclass
-class QuestionWritingArguments:
+class QuestionWritingArguments(CuttingArguments):
     """
-    Passages, who writes about them, and which questions are kept.
+    Passages, who writes about them, and which questions are kept; see also [`CuttingArguments`].
 
     Args:
         corpus (`str`):
@@ -54,8 +54,6 @@ class QuestionWritingArguments:
             Rank by which BM25 must find the passage.
         dev_share (`float`, *optional*, defaults to `0.2`):
             Share of the questions that is held out, of documents of their own.
-        words_per_passage (`int`, *optional*, defaults to `100`):
-            Length of a passage cut from documents.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Precision of the model; `"auto"` is that in which it is stored, and float32 on a CPU.
         device (`str`, *optional*):
@@ -91,7 +89,6 @@ class QuestionWritingArguments:
     dev_share: float = field(
         default=0.2, metadata={"help": "Share of the questions held out, of documents of their own."}
     )
-    words_per_passage: int = field(default=100, metadata={"help": "Length of a passage cut from documents."})
     dtype: str = field(
         default="auto", metadata={"help": "Precision; auto is that in which the model is stored, float32 on a CPU."}
     )
@@ -106,8 +103,8 @@ class QuestionWritingArguments:
             raise ValueError("nobody to write questions: pass --model_name_or_path, or --api_base and --api_model")
         if (self.api_base is None) != (self.api_model is None):
             raise ValueError("--api_base and --api_model go together: an endpoint's address and its model's name")
-        names = ["questions_per_passage", "max_passages", "retrieved_within", "words_per_passage"]
-        check_range(self, names, 1)
+        self.cut()
+        check_range(self, ["questions_per_passage", "max_passages", "retrieved_within"], 1)
         check_range(self, ["dev_share"], 0, 0.9)
 
 
@@ -127,7 +124,7 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
         `DatasetError`: the corpus cannot be read, the endpoint gives no answer, or no question passes.
         `ValueError`: the model cannot be loaded, or `output_dir` holds other questions.
     """
-    corpus = open_corpus(args.corpus, args.cache_dir, args.words_per_passage)
+    corpus = open_corpus(args.corpus, args.cache_dir, *args.cut())
     places = choose_passages(corpus, args.max_passages, args.seed)
     retriever = BM25Retriever()
     retriever.index(corpus, Path(args.cache_dir) / "indexes")

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from ..data.lines import read_json_object
 from ..data.resumable import fingerprint, write_json
 from ..data.schema import DatasetError
 from ..data.storage import DEFAULT_CACHE_DIR, alone_in, different
-from ..system.rag_config import CONFIG_FILE
-from .arguments import CORPUS_HELP, check_range
+from ..system.rag_config import CONFIG_FILE, RAGConfig
+from ..trainer.inputs import LongAnswers
+from .arguments import CORPUS_HELP, CuttingArguments, check_range
 from .questions import DEV_FILE, SUMMARY_FILE, TRAIN_FILE, write_lines
 
 
@@ -29,9 +30,9 @@ MOST_HELD_OUT = 500
 
 
 @dataclass
-class QuickstartArguments:
+class QuickstartArguments(CuttingArguments):
     """
-    Documents, questions if there are any, and a model.
+    Documents, questions if there are any, and a model; see also [`CuttingArguments`].
 
     Args:
         corpus (`str`):
@@ -53,6 +54,8 @@ class QuickstartArguments:
         max_steps (`int`, *optional*):
             Updates of training; by default three passes over the questions, 200 updates at most on a CPU and 2,000 on
             an accelerator.
+        long_answers (`str`, *optional*, defaults to `"error"`):
+            What becomes of answers of over 64 tokens: an `"error"`, or `"drop"` or `"truncate"`, see `trl-dro train`.
         use_cpu (`bool`, *optional*, defaults to `False`):
             Whether to leave accelerators alone.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -78,6 +81,9 @@ class QuickstartArguments:
     max_passages: int = field(default=2000, metadata={"help": "Passages that questions are written about."})
     dev_share: float = field(default=0.2, metadata={"help": "Share of the questions that is held out."})
     max_steps: int | None = field(default=None, metadata={"help": "Updates of training."})
+    long_answers: LongAnswers = field(
+        default="error", metadata={"help": "Answers of over 64 tokens: an error, or drop or truncate them."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     dry_run: bool = field(default=False, metadata={"help": "Say what is decided, and run nothing that takes a model."})
     cache_dir: str = field(
@@ -89,6 +95,7 @@ class QuickstartArguments:
             raise ValueError("no --questions, and nobody to write some: pass --model_name_or_path or --api_base")
         if self.questions is not None and self.api_base is not None:
             raise ValueError("--questions are there already: leave out --api_base")
+        self.cut()
         check_range(self, ["max_passages", "max_steps"], 1)
         check_range(self, ["dev_share"], 0.01, 0.9)
 
@@ -185,7 +192,7 @@ def quickstart(args: QuickstartArguments) -> None:
     """
     folder = Path(args.output_dir)
     with alone_in(folder):
-        corpus = open_corpus(args.corpus, args.cache_dir)
+        corpus = open_corpus(args.corpus, args.cache_dir, *args.cut())
         settings = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
         settings["corpus_sha256"] = corpus.fingerprint
         if args.questions is not None:
@@ -219,7 +226,7 @@ def quickstart(args: QuickstartArguments) -> None:
                 print(f"[{number}/{len(stages)}] {stage.title}\n  {_shown(stage)}")
             else:
                 _run(stage, f"[{number}/{len(stages)}] ")
-    serve = shlex.join(["trl-dro", "serve", str(folder / "run"), "--corpus", args.corpus])
+    serve = shlex.join(["trl-dro", "serve", str(folder / "run"), "--corpus", args.corpus, *_cut_words(args)])
     when = "Afterwards this" if args.dry_run else "This"
     print(f"\n{when} answers questions over HTTP, with a page to try it:\n  {serve}")
 
@@ -248,13 +255,15 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
         "report_to": "none",
         "lora_target_modules": "all-linear",
     }
+    if args.long_answers != "error":
+        flags |= {"long_answers": args.long_answers, "max_answer_length": RAGConfig.max_answer_length}
     both = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     both += [*model, *device, "--dataset_name", str(data)]
     stages = [
         Stage(
             f"retrieve candidates, {split}",
             ["retrieve", "--questions", str(folder / "questions" / f"{split}.jsonl"), "--corpus", args.corpus]
-            + ["--output_dir", str(data), "--split", split, "--cache_dir", args.cache_dir],
+            + ["--output_dir", str(data), "--split", split, "--cache_dir", args.cache_dir, *_cut_words(args)],
             (data / split / "retrieval.json").is_file,
         )
         for split in ("train", "dev")
@@ -287,11 +296,17 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
 
 def _question_words(args: QuickstartArguments, folder: Path) -> list[str]:
     words = ["questions", args.corpus, "--output_dir", str(folder), "--cache_dir", args.cache_dir]
-    words += ["--max_passages", str(args.max_passages), "--dev_share", str(args.dev_share)]
+    words += ["--max_passages", str(args.max_passages), "--dev_share", str(args.dev_share), *_cut_words(args)]
     for name in ("model_name_or_path", "api_base", "api_model"):
         if (value := getattr(args, name)) is not None:
             words += [f"--{name}", value]
     return words + (["--device", "cpu"] if args.use_cpu else [])
+
+
+def _cut_words(args: QuickstartArguments) -> list[str]:
+    """Flags of how documents are cut, where that is not the usual way."""
+    flags = zip(fields(CuttingArguments), args.cut(), strict=True)
+    return [word for flag, value in flags if value != flag.default for word in (f"--{flag.name}", str(value))]
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

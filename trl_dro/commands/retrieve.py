@@ -23,16 +23,16 @@ from ..retrieval import (
 )
 from ..retrieval.job import print_report, read_report
 from ..retrieval.services import HOW_TO_NAME, is_service
-from .arguments import CORPUS_HELP, check_range
+from .arguments import CORPUS_HELP, CuttingArguments, check_range
 
 
 RETRIEVERS = ("bm25", "dense", "colbert", "precomputed")
 
 
 @dataclass
-class RetrieveArguments:
+class RetrieveArguments(CuttingArguments):
     """
-    Questions, corpus and retriever.
+    Questions, corpus and retriever; see also [`CuttingArguments`].
     """
 
     questions: str = field(
@@ -74,7 +74,6 @@ class RetrieveArguments:
     )
     k1: float = field(default=1.5, metadata={"help": "BM25: how slowly a repeated word stops adding to the score."})
     b: float = field(default=0.75, metadata={"help": "BM25: how much long passages are discounted, from 0 to 1."})
-    words_per_passage: int = field(default=100, metadata={"help": "Length of a passage cut from documents."})
     shard_size: int = field(
         default=1000, metadata={"help": "Questions that are saved at once: the most that a kill can cost."}
     )
@@ -99,7 +98,8 @@ class RetrieveArguments:
                 if needs_corpus
                 else f"--retriever {' '.join(self.retriever)} searches no corpus: leave out --corpus"
             )
-        check_range(self, ["k", "shard_size", "batch_size", "words_per_passage"], 1)
+        check_range(self, ["k", "shard_size", "batch_size"], 1)
+        self.cut()
         check_range(self, ["k1"], 0)
         check_range(self, ["b"], 0, 1)
 
@@ -111,7 +111,7 @@ def retrieve(args: RetrieveArguments) -> Dataset:
     retriever = retrievers[0] if len(retrievers) == 1 else HybridRetriever(retrievers)
     corpus: Corpus | None = None
     if args.corpus is not None:
-        corpus = open_corpus(args.corpus, args.cache_dir, args.words_per_passage)
+        corpus = open_corpus(args.corpus, args.cache_dir, *args.cut())
     dataset = retrieve_to_folder(
         questions,
         retriever,

@@ -14,6 +14,7 @@ from .arguments import (
     DENSE_MODEL_HELP,
     MIN_GAIN_HELP,
     SERVICE_HELP,
+    CuttingArguments,
     LoadArguments,
     check_range,
 )
@@ -23,9 +24,9 @@ KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeArguments(ServerLimits, LoadArguments):
+class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
     """
-    What is served, and where; see also [`LoadArguments`] and [`ServerLimits`].
+    What is served, and where; see also [`LoadArguments`], [`CuttingArguments`] and [`ServerLimits`].
 
     Args:
         corpus (`str`, *optional*):
@@ -59,6 +60,7 @@ class ServeArguments(ServerLimits, LoadArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.cut()
         check_range(self, ["port"], 0, 65535)
         check_range(self, ["answer_permutations"], 1)
         if not self.model:
@@ -85,7 +87,7 @@ def serve(args: ServeArguments) -> None:
     if api_key is not None and (not api_key.isprintable() or api_key.split() != [api_key]):
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
-    retriever = retriever_of(args.corpus, args.retriever, args.dense_model)
+    retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
     set_here = {name: getattr(args, name) for name in ("answer_permutations", "min_gain")}
     pipe = RAGPipeline.from_pretrained(
         str(args.model),

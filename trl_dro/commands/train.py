@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """`trl-dro train`: a whole run, from data to the trained system compared with what it was before."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,32 +9,39 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..data import load_records, read_corpus, read_questions, validate_dataset
 from ..data.storage import alone_in
 from ..demo.tiny import tiny_model_for
 from ..model.loading import refuse_file
-from ..model.roles import check_role, load_role_adapters
+from ..model.roles import Role, check_role, load_role_adapters
 from ..retrieval import BM25Retriever, retrieve_candidates
 from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_config
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
 from ..trainer.dro_trainer import DROTrainer
-from ..trainer.inputs import check_inputs, load_model, load_tokenizers, refuse_unsupported
+from ..trainer.inputs import (
+    LongAnswers,
+    check_inputs,
+    fit_answers,
+    load_model,
+    load_tokenizers,
+    refuse_unsupported,
+)
 from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
 from ..trainer.ranges import check_model_settings
 from ..trainer.run import checkpoints_of_run
 from ..trainer.sharding import shards
-from .arguments import CORPUS_HELP, DATASET_HELP, LaunchArguments, check_range
+from .arguments import CORPUS_HELP, DATASET_HELP, CuttingArguments, LaunchArguments, check_range
 
 
 @dataclass
-class TrainArguments(LaunchArguments):
+class TrainArguments(LaunchArguments, CuttingArguments):
     """
-    Data, adapters to start from, and processes.
+    Data, adapters to start from, and processes; see also [`CuttingArguments`].
 
     Args:
         dataset_name (`str`, *optional*):
@@ -48,6 +56,9 @@ class TrainArguments(LaunchArguments):
             Evaluation questions, in the same form.
         corpus (`str`, *optional*):
             Passages, as for [`~data.corpus.open_corpus`].
+        long_answers (`str`, *optional*, defaults to `"error"`):
+            What becomes of target answers longer than `max_answer_length`: an `"error"`, or `"drop"` or `"truncate"`,
+            see [`~trainer.inputs.fit_answers`].
         max_eval_questions (`int`, *optional*):
             Evaluate on the first ones only.
         selector_model_name_or_path (`str`, *optional*):
@@ -71,6 +82,10 @@ class TrainArguments(LaunchArguments):
     )
     eval_questions: str | None = field(default=None, metadata={"help": "Evaluation questions, in the same form."})
     corpus: str | None = field(default=None, metadata={"help": CORPUS_HELP})
+    long_answers: LongAnswers = field(
+        default="error",
+        metadata={"help": "Answers over max_answer_length: an error, or drop or truncate them and say how many."},
+    )
     max_eval_questions: int | None = field(default=None, metadata={"help": "Evaluate on the first ones only."})
     selector_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model of the selector, when it is not the generator's."}
@@ -105,6 +120,7 @@ class TrainArguments(LaunchArguments):
             )
         if not (self.questions or self.dataset_name or self.dry_run):
             raise ValueError("give --dataset_name, or --questions and --corpus; examples/demo.py needs no data")
+        self.cut()
         check_range(self, ["max_eval_questions"], 1)
 
 
@@ -116,13 +132,28 @@ def load_data(args: TrainArguments, max_candidates: int) -> tuple[Dataset, Datas
         if args.dataset_test_split:
             eval_dataset = load_records(args.dataset_name, args.dataset_test_split)
     else:
-        retriever = BM25Retriever(read_corpus(str(args.corpus)))
+        retriever = BM25Retriever(read_corpus(str(args.corpus), *args.cut()))
         train_dataset = retrieve_candidates(read_questions(str(args.questions)), retriever, max_candidates)
         if args.eval_questions is not None:
             eval_dataset = retrieve_candidates(read_questions(args.eval_questions), retriever, max_candidates)
     if eval_dataset is not None and args.max_eval_questions is not None:
         eval_dataset = eval_dataset.select(range(min(args.max_eval_questions, len(eval_dataset))))
     return train_dataset, eval_dataset
+
+
+def fit_data(
+    args: TrainArguments,
+    training_args: DROConfig,
+    tokenizers: Mapping[Role, PreTrainedTokenizerBase],
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+) -> tuple[Dataset, Dataset | None]:
+    """Both sets without target answers that are too long, see [`~trainer.inputs.fit_answers`]."""
+    limit = (tokenizers["generator"], training_args.max_answer_length, args.long_answers)
+    all_answers = training_args.answer_target != "first"
+    if eval_dataset is not None:
+        eval_dataset = fit_answers(eval_dataset, "eval_dataset", *limit)
+    return fit_answers(train_dataset, "train_dataset", *limit, all_answers), eval_dataset
 
 
 def checkpoint_to_resume(args: DROConfig) -> str | bool | None:
@@ -168,6 +199,9 @@ def train(args: TrainArguments, training_args: DROConfig, model_args: ModelConfi
 
 def _train(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> None:
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
+    if args.long_answers != "error":
+        tokenizers = load_tokenizers(model, args.selector_model_name_or_path, None, training_args)
+        train_dataset, eval_dataset = fit_data(args, training_args, tokenizers, train_dataset, eval_dataset)
     peft_config, quantization_config = get_peft_config(model_args), get_quantization_config(model_args)
     starting_from: str | PeftModel = model
     if args.selector_adapter and args.generator_adapter:
@@ -228,13 +262,14 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
     selector_model = args.selector_model_name_or_path
     try:
-        load_tokenizers(model, selector_model, None, training_args)
+        tokenizers = load_tokenizers(model, selector_model, None, training_args)
     except (OSError, ValueError) as error:
         print(f"The tokenizer cannot be loaded, so tokens are not counted ({str(error).splitlines()[0]}).")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 validate_dataset(dataset, training_args.num_selected, name)
     else:
+        train_dataset, eval_dataset = fit_data(args, training_args, tokenizers, train_dataset, eval_dataset)
         _, codec, prompts = check_inputs(model, selector_model, None, training_args, train_dataset, eval_dataset)
         lengths = Lengths.of_data(train_dataset, training_args, prompts, codec)
     num_eval = 0 if eval_dataset is None else len(eval_dataset)

@@ -27,6 +27,7 @@ from ..model.roles import ROLES, Role, note_role
 from ..system.rag_config import RAGConfig
 from ..system.run_folder import files_key
 from ..system.upload import upload_system
+from ..trainer.inputs import LongAnswers, fit_answers
 from ..trainer.ranges import check_model_settings, check_numbers
 from ..trainer.run import Identity, RunTrainer, checkpoints_of_run, read_run
 from ..trainer.warmup import (
@@ -82,6 +83,9 @@ class WarmUpArguments(LaunchArguments):
             Longest document in tokens.
         max_answer_length (`int`, *optional*):
             Longest answer in tokens: a longer one is refused, as DRO will refuse it.
+        long_answers (`str`, *optional*, defaults to `"error"`):
+            What becomes of target answers longer than `max_answer_length`: an `"error"`, or `"drop"` or `"truncate"`,
+            see [`~trainer.inputs.fit_answers`].
         selector_template (`str`):
             Selector prompt, as in [`~dro_config.DROConfig`].
         generator_template (`str`):
@@ -105,6 +109,10 @@ class WarmUpArguments(LaunchArguments):
     max_answer_length: int | None = field(
         default=None, metadata={"help": "Longest answer in tokens: a longer one is refused, as DRO will refuse it."}
     )
+    long_answers: LongAnswers = field(
+        default="error",
+        metadata={"help": "Answers over max_answer_length: an error, or drop or truncate them and say how many."},
+    )
     selector_template: str = field(default=SELECTOR_TEMPLATE, metadata={"help": "Selector prompt, as in DROConfig."})
     generator_template: str = field(default=GENERATOR_TEMPLATE, metadata={"help": "Generator prompt."})
     dry_run: bool = field(
@@ -118,6 +126,8 @@ class WarmUpArguments(LaunchArguments):
         super().__post_init__()
         check_range(self, ["rank_noise"], 0)
         check_range(self, ["num_selected", "max_document_length", "max_answer_length"], 1)
+        if self.long_answers != "error" and self.max_answer_length is None:
+            raise ValueError(f"--long_answers {self.long_answers}: say which are too long, --max_answer_length")
         if self.max_candidates < self.num_selected:
             raise ValueError(
                 f"--max_candidates {self.max_candidates}: it must be at least {self.num_selected} (num_selected)"
@@ -219,6 +229,7 @@ def make_examples(args: WarmUpArguments, tokenizer: PreTrainedTokenizerBase, see
     dataset = load_records(args.dataset_name, args.dataset_train_split)
     validate_dataset(dataset, args.num_selected, args.dataset_name)
     if args.max_answer_length is not None:
+        dataset = fit_answers(dataset, args.dataset_name, tokenizer, args.max_answer_length, args.long_answers)
         check_lengths(dataset, args.dataset_name, [], tokenizer, args.max_answer_length, all_answers=False)
     records: list[Any] = [
         {**record, "documents": record["documents"][: args.max_candidates]} for record in dataset.to_list()

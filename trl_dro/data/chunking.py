@@ -1,63 +1,82 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""A folder of documents cut into passages."""
+"""Documents cut into passages."""
 
 import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from .lines import first_line, read_jsonl, read_lines, require_key
+from .documents import SUFFIXES, Block, Reading, read_documents
 from .schema import DatasetError
+from .sentences import split_sentences
 from .storage import content_key, file_key
 
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".html", ".htm", ".pdf")
+VERSION = 2  # raised when the same documents would be cut into other passages
 
 
 class DocumentFolder:
     """
-    Documents of a folder and the folders in it, cut into passages of equal length as DPR cuts Wikipedia [1].
+    Documents of a folder and the folders in it, cut into passages.
 
     | file | documents | title |
     |---|---|---|
     | `.txt` | one | name of the file |
-    | `.md` | one | first heading, else name of the file |
-    | `.html`, `.htm` | one; needs the extra `documents` | `<title>`, else name of the file |
-    | `.pdf` | one; needs the extra `documents` | of its metadata, else name of the file |
-    | `.jsonl` | one per line, with `text` and optionally `id` and `title` | `title`, else name of the file |
+    | `.md` | one, without its front matter | `title` of the front matter, else its one highest heading |
+    | `.html`, `.htm` | one, without navigation; needs the extra `documents` | `<title>`, else the first `<h1>` |
+    | `.docx` | one; needs the extra `documents` | paragraph of the style Title, else the title of its properties, \
+    else its one highest heading |
+    | `.pdf` | one; needs the extra `documents` | of its metadata |
+    | `.csv`, `.tsv`, `.json` (an array), `.jsonl` | one for each row, or object | `title` |
 
-    The id of a passage is the path of its file within the folder, for `.jsonl` the document's id, and the passage's
+    What has no title is named as its file. A passage's title is that of its document and the headings above it,
+    `Handbook > Travel > Hotels`. Rows with a `text` are documents, with `id` and `title` if they have them. Rows of
+    other columns are written out, `City: Rome; Limit: 120 EUR.`, and so are those of tables within documents.
+
+    A passage ends where a sentence or a row does, and before a heading; only a sentence longer than a passage is cut.
+    DPR, which cut Wikipedia after every 100 words [1], did not look at sentences.
+
+    The id of a passage is the path of its file within the folder, of rows with their `id` or number, and the passage's
     number in the document: `guide/start.md#0`. It does not change when other documents do. Files of other kinds,
     hidden ones, and documents without a word are passed over, and how many were is said in a warning.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Folder of documents.
+            Folder of documents, or one document.
         words_per_passage (`int`, *optional*, defaults to `100`):
-            Words of a passage. The last of a document has what is left.
+            Most words of a passage.
+        overlap_words (`int`, *optional*, defaults to `0`):
+            Most words of the sentences at the end of a passage with which the next one begins again.
 
     Raises:
-        `DatasetError`: there is no document in the folder, or `words_per_passage` is below 1.
+        `DatasetError`: there is no document in the folder, `words_per_passage` is below 1, or `overlap_words` is
+            negative or no less.
 
     References:
         [1] V. Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020.
     """
 
-    def __init__(self, folder: str | os.PathLike, words_per_passage: int = 100):
+    def __init__(self, folder: str | os.PathLike, words_per_passage: int = 100, overlap_words: int = 0):
         if words_per_passage < 1:
             raise DatasetError(f"words_per_passage={words_per_passage} cuts no passages; set it to 1 or more")
-        self.folder = Path(folder)
-        self.words_per_passage = words_per_passage
+        if not 0 <= overlap_words < words_per_passage:
+            raise DatasetError(
+                f"overlap_words={overlap_words} must be at least 0 and below words_per_passage={words_per_passage}; "
+                "change one of them"
+            )
+        self.words_per_passage, self.overlap_words = words_per_passage, overlap_words
+        path = Path(folder)
+        self.folder = path if path.is_dir() else path.parent
         files = sorted(
             path
-            for path in self.folder.rglob("*")
+            for path in (self.folder.rglob("*") if path.is_dir() else [path])
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         )
         self.files = [path for path in files if path.suffix.lower() in SUFFIXES]
@@ -71,76 +90,86 @@ class DocumentFolder:
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
             logger.warning("%s: %d files are of no known kind and left out (%s)", folder, others.total(), kinds)
 
+    @property
+    def has_pages(self) -> bool:
+        """Whether there are documents with pages, so that passages have a `page`."""
+        return any(path.suffix.lower() == ".pdf" for path in self.files)
+
     def fingerprint(self) -> str:
-        """Key of the names and contents of all documents and of the length of a passage."""
+        """Key of the names and contents of all documents and of how they are cut."""
         files = [(path.relative_to(self.folder).as_posix(), file_key(path)) for path in self.files]
-        return content_key(self.words_per_passage, files)
+        return content_key(VERSION, self.words_per_passage, self.overlap_words, files)
 
     def passages(self, show_progress: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the place and the `id`, `title` and `text` of each passage."""
+        """
+        Yields the place and the `id`, `title` and `text` of each passage, and its `page`, `None` where documents have
+        none, if some have.
+        """
         empty: list[str] = []
         for path in tqdm(self.files, desc="Reading documents", unit="file", disable=not show_progress):
-            for where, document_id, title, text in self._documents(path):
-                words = text.split()
-                if not words:
+            name = path.relative_to(self.folder).as_posix()
+            for where, own_id, document in read_documents(path):
+                number = -1
+                cut = cut_document(document, self.words_per_passage, self.overlap_words)
+                for number, (title, text, page) in enumerate(cut):
+                    passage = {"id": f"{name}{own_id}#{number}", "title": title, "text": text}
+                    yield where, passage | ({"page": page} if self.has_pages else {})
+                if number < 0:
                     empty.append(where)
-                for number, start in enumerate(range(0, len(words), self.words_per_passage)):
-                    passage = " ".join(words[start : start + self.words_per_passage])
-                    yield where, {"id": f"{document_id}#{number}", "title": title, "text": passage}
         if empty:
             logger.warning("%d documents have no words and are left out, the first: %s", len(empty), empty[0])
 
-    def _documents(self, path: Path) -> Iterator[tuple[str, str, str, str]]:
-        """Yields place, id, title and text of each document of a file."""
-        name = path.relative_to(self.folder).as_posix()
-        kind = path.suffix.lower()
-        if kind == ".jsonl":
-            for number, (where, row) in enumerate(read_jsonl(path)):
-                require_key(row, "text", where)
-                title, text = row.get("title") or path.stem, row["text"]
-                if not isinstance(text, str) or not isinstance(title, str):
-                    raise DatasetError(f"{where}: title and text must be strings; convert them")
-                yield where, f"{name}:{row.get('id', number)}", title, text
-            return
-        read = {".html": _html, ".htm": _html, ".pdf": _pdf, ".md": _markdown}.get(kind, _plain)
-        title, text = read(path)
-        yield str(path), name, title.strip() or path.stem, text
+
+class _Unit(NamedTuple):
+    """What is not cut: a sentence, a row, or as much of a long one as a passage has words."""
+
+    words: list[str]
+    page: int | None
 
 
-def _plain(path: Path) -> tuple[str, str]:
-    return "", "".join(text for _, text in read_lines(path))
+def cut_document(
+    document: Reading, words_per_passage: int = 100, overlap_words: int = 0
+) -> Iterator[tuple[str, str, int | None]]:
+    """Yields title, text, and page, if it has pages, of each passage of a document; see [`DocumentFolder`]."""
+    for title, blocks in groupby(document.blocks, lambda block: _title(document.title, block.headings)):
+        passage: list[_Unit] = []
+        for unit in _units(blocks, words_per_passage):
+            if passage and _count(passage) + len(unit.words) > words_per_passage:
+                yield title, _text(passage), passage[0].page
+                passage = _end(passage, min(overlap_words, words_per_passage - len(unit.words)))
+            passage.append(unit)
+        if passage:
+            yield title, _text(passage), passage[0].page
 
 
-def _markdown(path: Path) -> tuple[str, str]:
-    _, text = _plain(path)
-    heading = re.search(r"^#+\s+(.+?)\s*#*$", text, flags=re.MULTILINE)
-    return heading[1] if heading else "", text
+def _title(title: str, headings: Sequence[str]) -> str:
+    """Title and headings; the highest is often the title itself, or a part of it: `Travel | Example Inc`."""
+    if headings and headings[0].casefold() in title.casefold():
+        headings = headings[1:]
+    return " > ".join([title, *headings])
 
 
-def _html(path: Path) -> tuple[str, str]:
-    try:
-        from bs4 import BeautifulSoup
-    except ImportError:
-        raise ImportError(f"{path}: HTML needs beautifulsoup4: pip install trl_dro[documents]") from None
-    # As bytes, because a page declares its own encoding.
-    page = BeautifulSoup(path.read_bytes(), "html.parser")
-    title = page.title.get_text() if page.title else ""
-    for element in page(["script", "style", "template", "title"]):
-        element.decompose()
-    return title, page.get_text(" ")
+def _units(blocks: Iterator[Block], most: int) -> Iterator[_Unit]:
+    for block in blocks:
+        is_row = block.is_row and len(block.text.split()) <= most
+        for sentence in [block.text] if is_row else split_sentences(block.text):
+            words = sentence.split()
+            for start in range(0, len(words), most):
+                yield _Unit(words[start : start + most], block.page)
 
 
-def _pdf(path: Path) -> tuple[str, str]:
-    try:
-        from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
-    except ImportError:
-        raise ImportError(f"{path}: PDF needs pypdf: pip install trl_dro[documents]") from None
-    try:
-        reader = PdfReader(path)
-        text = "\n".join(page.extract_text() for page in reader.pages)
-    except (PyPdfError, OSError, ValueError) as error:
-        raise DatasetError(
-            f"{path}: cannot be read as PDF ({first_line(error)}); save it again or remove it"
-        ) from None
-    return (reader.metadata.title if reader.metadata else None) or "", text
+def _end(passage: list[_Unit], room: int) -> list[_Unit]:
+    """The last units of a passage, as many as have no more words than `room`."""
+    first = len(passage)
+    while first and len(passage[first - 1].words) <= room:
+        first -= 1
+        room -= len(passage[first].words)
+    return passage[first:]
+
+
+def _count(passage: list[_Unit]) -> int:
+    return sum(len(unit.words) for unit in passage)
+
+
+def _text(passage: list[_Unit]) -> str:
+    return " ".join(word for unit in passage for word in unit.words)

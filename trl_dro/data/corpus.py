@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,25 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .chunking import DocumentFolder
-from .lines import as_identifier, dataset_rows, first_line, read_jsonl, read_tsv, require_file, require_key
+from .documents import WHOLE
+from .lines import (
+    as_identifier,
+    dataset_rows,
+    first_line,
+    read_json_array,
+    read_jsonl,
+    read_table,
+    require_file,
+    require_key,
+)
 from .schema import DatasetError, Document, check_documents
 from .storage import DEFAULT_CACHE_DIR, as_path, build_once, content_key, file_key
 
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+SCHEMA_WITH_PAGES = SCHEMA.append(pa.field("page", pa.int32()))
+# Files of passages by the end of their names; the first three may be packed, `.gz`.
+FORMS = (".jsonl", ".tsv", ".csv", ".json", ".parquet")
 PASSAGES_PER_BATCH = 1000
 VERSION = 1  # raised when the same source would be read into other passages
 
@@ -36,7 +49,7 @@ class Corpus:
 
     Args:
         passages (`Dataset`):
-            Columns `id`, `title` and `text`.
+            Columns `id`, `title` and `text`, and `page` where they were cut from documents with pages.
         fingerprint (`str`):
             Key of the content. Indexes are kept under it.
 
@@ -61,8 +74,14 @@ class Corpus:
         if not passages:
             raise DatasetError("the corpus has no passages; check the file it was read from")
         check_documents(passages, "corpus", num_selected=1)
-        rows = [{"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in passages]
-        return cls(Dataset(pa.Table.from_pylist(rows, schema=SCHEMA)), content_key(rows))
+        rows: list[dict[str, Any]] = [
+            {"id": row.get("id"), "title": row.get("title") or "", "text": row["text"]} for row in passages
+        ]
+        schema = SCHEMA
+        if any("page" in row for row in passages):
+            schema = SCHEMA_WITH_PAGES
+            rows = [{**row, "page": passage.get("page")} for row, passage in zip(rows, passages, strict=True)]
+        return cls(Dataset(pa.Table.from_pylist(rows, schema=schema)), content_key(rows))
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -70,10 +89,7 @@ class Corpus:
     def documents(self, positions: Sequence[int]) -> list[Document]:
         """The passages at these positions, in this order."""
         columns = self.passages[list(positions)]
-        return [
-            Document(id=passage_id, title=title, text=text)
-            for passage_id, title, text in zip(columns["id"], columns["title"], columns["text"], strict=True)
-        ]
+        return [cast(Document, dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     def rankings(self, positions: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[list[Document]]:
         """
@@ -99,19 +115,22 @@ class Corpus:
         return [f"{title} {text}" for title, text in zip(columns["title"], columns["text"], strict=True)]
 
 
-def read_corpus(path: str | os.PathLike) -> list[Document]:
+def read_corpus(path: str | os.PathLike, words_per_passage: int = 100, overlap_words: int = 0) -> list[Document]:
     r"""Reads the passages of a small corpus into memory; [`open_corpus`] is for large ones.
 
     Args:
         path (`str` or `os.PathLike`): file or folder, as for [`open_corpus`].
+        words_per_passage (`int`, *optional*, defaults to `100`): length of a passage of documents.
+        overlap_words (`int`, *optional*, defaults to `0`): how much of a passage the next one repeats.
 
     Returns:
-        `list[Document]`: the passages in the order of the file, each with `id`, `title` (possibly empty) and `text`.
+        `list[Document]`: the passages in the order of the file, each with `id`, `title` (possibly empty) and `text`,
+        and `page` if they were cut from documents of which some have pages.
 
     Raises:
         `DatasetError`: see [`open_corpus`].
     """
-    source = _Source(path)
+    source = _Source(path, words_per_passage, overlap_words)
     return list(source.passages(show_progress=False))
 
 
@@ -119,6 +138,7 @@ def open_corpus(
     path_or_id: str | os.PathLike,
     cache_dir: str | os.PathLike = DEFAULT_CACHE_DIR,
     words_per_passage: int = 100,
+    overlap_words: int = 0,
     show_progress: bool = True,
 ) -> Corpus:
     r"""Opens a corpus of any size. The first time it is read, checked and copied to the cache; memory does not grow
@@ -127,17 +147,20 @@ def open_corpus(
     | form | columns |
     |---|---|
     | `.jsonl`, `.jsonl.gz` | `id`, `text`, `title`; or `id` and `contents`: title, line break, text (FlashRAG) |
-    | `.tsv`, `.tsv.gz` | the same, named in the first line, quoted as CSV: DPR's `psgs_w100.tsv.gz` as it is |
+    | `.tsv`, `.csv`, either `.gz` | the same, named in the first line: DPR's `psgs_w100.tsv.gz` as it is |
+    | `.json` | the same, in an array of objects |
     | `.parquet` | the same |
     | Hub id, optionally `id:config` | the same |
     | folder of `Dataset.save_to_disk` | the same |
-    | other folder | its documents are cut into passages, see [`~data.chunking.DocumentFolder`] |
+    | other folder, or one `.txt`, `.md`, `.html`, `.docx` or `.pdf` | documents are cut into passages, see \
+    [`~data.chunking.DocumentFolder`] |
 
     Args:
         path_or_id (`str` or `os.PathLike`): the corpus. `docid`, `_id` and `passage_id` are read as `id`.
         cache_dir (`str` or `os.PathLike`, *optional*, defaults to `$HF_HOME/trl_dro`): where the copy is kept, under
             a key of the content.
-        words_per_passage (`int`, *optional*, defaults to `100`): length of a passage of a folder of documents.
+        words_per_passage (`int`, *optional*, defaults to `100`): length of a passage of documents.
+        overlap_words (`int`, *optional*, defaults to `0`): how much of a passage the next one repeats.
         show_progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar while reading.
 
     Returns:
@@ -148,13 +171,13 @@ def open_corpus(
             that occurs twice, a missing column, a line that is no UTF-8, a damaged file. The message names the file,
             the line and the cure.
     """
-    source = _Source(path_or_id, words_per_passage)
+    source = _Source(path_or_id, words_per_passage, overlap_words)
     fingerprint = source.fingerprint()
     folder = Path(cache_dir) / "corpora" / fingerprint
     with build_once(folder) as partial:
         if partial is not None:
             try:
-                _write(source.passages(show_progress), partial / "passages.arrow")
+                _write(source.passages(show_progress), partial / "passages.arrow", source.schema)
             except DatasetError:
                 # Mended, the corpus gets another fingerprint: nobody would come back for what is written.
                 shutil.rmtree(partial)
@@ -162,27 +185,29 @@ def open_corpus(
     return Corpus(Dataset.from_file(str(folder / "passages.arrow")), fingerprint)
 
 
-def _write(passages: Iterator[Document], path: Path) -> None:
+def _write(passages: Iterator[Document], path: Path, schema: pa.Schema) -> None:
     # pyarrow's stream format is the one that datasets maps into memory.
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(passages, PASSAGES_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 class _Source:
     """Where passages come from, in which form."""
 
-    def __init__(self, path_or_id: str | os.PathLike, words_per_passage: int = 100):
+    def __init__(self, path_or_id: str | os.PathLike, words_per_passage: int, overlap_words: int):
         path = as_path(path_or_id)
         self.name = os.fspath(path_or_id)
         self.dataset: Dataset | None = None
         self.folder: DocumentFolder | None = None
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             self.dataset = _only_split(load_from_disk(self.name), self.name)
-        elif path.is_dir():
-            self.folder = DocumentFolder(path, words_per_passage)
-        elif not self.name.removesuffix(".gz").endswith((".jsonl", ".tsv", ".parquet")):
+        elif path.is_dir() or (path.suffix.lower() in WHOLE and path.is_file()):
+            self.folder = DocumentFolder(path, words_per_passage, overlap_words)
+        elif not self.name.removesuffix(".gz").endswith(FORMS):
             self.dataset = _load_from_hub(self.name)
+        has_pages = self.folder is not None and self.folder.has_pages
+        self.schema = SCHEMA_WITH_PAGES if has_pages else SCHEMA
 
     def fingerprint(self) -> str:
         if self.folder is not None:
@@ -199,6 +224,8 @@ class _Source:
         hashes = array("q")
         for where, row in self._rows(show_progress):
             passage = _passage(row, where)
+            if self.schema is SCHEMA_WITH_PAGES:
+                passage["page"] = row["page"]
             hashes.append(hash(passage["id"]))
             yield passage
         if not hashes:
@@ -227,7 +254,8 @@ class _Source:
         form = Path(self.name.removesuffix(".gz")).suffix
         if form == ".parquet":
             return _parquet_rows(self.name)
-        return (read_jsonl if form == ".jsonl" else read_tsv)(self.name, show_progress)
+        read = {".jsonl": read_jsonl, ".json": read_json_array}.get(form, read_table)
+        return read(self.name, show_progress)
 
 
 def _passage(row: dict[str, Any], where: str) -> Document:
@@ -271,8 +299,8 @@ def _load_from_hub(name: str) -> Dataset:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(
-            f"corpus {name!r} is no folder and no .jsonl, .tsv (either may be .gz) or .parquet file here, and the Hub "
-            f"did not give it ({first_line(error)}); check the path, the name and the network"
+            f"corpus {name!r} is no folder, file of passages ({', '.join(FORMS)}) or document here, and the Hub did "
+            f"not give it ({first_line(error)}); check the path, the name and the network"
         ) from error
 
 

@@ -164,30 +164,67 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_array(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Yields the place and the columns of each row of a file of tab-separated values whose first line names them.
+    Yields the place (`"FILE, item N"`, from 0) and the object of each item of a JSON file that holds an array of them;
+    a file that does not begin as one is read by [`read_jsonl`].
 
     Raises:
-        `DatasetError`: a row has other columns, the file has none, or it cannot be read, see [`read_lines`].
+        `DatasetError`: it cannot be read, is no JSON, is empty, or an item is no object.
     """
     name = os.fspath(path)
+    lines = read_lines(path, show_progress)
+    if not next((text for _, text in lines if text.strip()), "").lstrip().startswith("["):
+        yield from read_jsonl(path, show_progress)
+        return
+    try:
+        items = parse_json("".join(text for _, text in read_lines(path)))
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{name}: is not valid JSON ({error}); write an array of objects") from None
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise DatasetError(f"{name}, item {number}: is a {type(item).__name__}, not an object; write one")
+        yield f"{name}, item {number}", item
+    if not items:
+        raise DatasetError(f"{name}: is empty; write an array of objects")
+
+
+def read_table(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Yields the place and the columns of each row of a table whose first line names them. Values are separated by tabs
+    in a file whose name ends in `.tsv` or `.tsv.gz`, elsewhere by commas, semicolons or tabs: what the first line has
+    most of. A column without a name gets its number.
+
+    Raises:
+        `DatasetError`: a row has other columns, two have one name, the file has none, or it cannot be read, see
+            [`read_lines`].
+    """
+    name = os.fspath(path)
+    separator = "\t"
+    if not name.lower().removesuffix(".gz").endswith(".tsv"):
+        first = next((text for _, text in read_lines(path) if text.strip()), "")
+        separator = max(",;\t", key=first.count)
     columns: list[str] = []
-    read = [0, 0]  # lines and tabs of the row under way
+    read = [0, 0]  # lines and separators of the row under way
 
     def lines() -> Iterator[str]:
         for number, text in read_lines(path, show_progress):
             read[0] += 1
             read[1] += text.count("\t")
-            # A quote that is left open would take the rows behind it for text, up to the next quote.
-            if read[0] > 1 and len(columns) > 1 and read[1] >= 2 * (len(columns) - 1):
+            # A quote that is left open would take the rows behind it for text, up to the next quote. Of commas, which
+            # texts have many of, nobody could tell.
+            many = separator == "\t" and len(columns) > 1 and read[1] >= 2 * (len(columns) - 1)
+            if read[0] > 1 and many:
                 raise DatasetError(
                     f"{name}, line {number - read[0] + 1}: opens a quote that does not end before line {number}, a "
                     "row of its own; close it, or write a quote that belongs to a text twice, in a quoted text"
                 )
             yield text
 
-    reader = csv.reader(lines(), delimiter="\t", strict=True)
+    kind = {"\t": "tab", ",": "comma", ";": "semicolon"}[separator]
+    reader = csv.reader(lines(), delimiter=separator, strict=True)
     is_empty = True
     while True:
         where = f"{name}, line {reader.line_num + 1}"
@@ -196,11 +233,13 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
             row = next(reader, None)
         except csv.Error as error:
             raise DatasetError(
-                f"{where}: cannot be read as tab-separated values ({error}); quote a text that begins with a quote, "
-                "and write its own quotes twice"
+                f"{where}: cannot be read as {kind}-separated values ({error}); quote a text that begins with a "
+                "quote, and write its own quotes twice"
             ) from None
         if not columns and row:
-            columns = row
+            columns = [column.strip() or f"column {number}" for number, column in enumerate(row, start=1)]
+            if twice := {column for column in columns if columns.count(column) > 1}:
+                raise DatasetError(f"{where}: calls several columns {min(twice)!r}; give each a name of its own")
             continue
         if row is None:
             break
@@ -210,7 +249,7 @@ def read_tsv(path: str | os.PathLike, show_progress: bool = False) -> Iterator[t
         if len(row) != len(columns):
             raise DatasetError(
                 f"{where}: has {len(row)} columns, but the first line has {len(columns)} "
-                f"({', '.join(map(repr, columns))}); quote tabs, line breaks and leading quotes in a text"
+                f"({', '.join(map(repr, columns))}); quote {kind}s, line breaks and leading quotes in a text"
             )
         yield where, dict(zip(columns, row, strict=True))
     if is_empty:

@@ -5,7 +5,8 @@
 |---|---|---|
 | `question` | string, or a list of `{role, content}` messages that ends with the user's | what is asked |
 | `answers` | non-empty list of strings | gold answers; the first is the training target |
-| `documents` | list of `{id?, title?, text, score?, rank?}` | the candidates, in retrieval order; ranks count from 1 |
+| `documents` | list of `{id?, title?, text, page?, score?, rank?}` | the candidates, in retrieval order; ranks and \
+pages count from 1 |
 | `positive_ids` | list of strings, *optional* | ids of the documents known to be relevant, retrieved or not |
 
 Other columns (an `id`, say) are left alone.
@@ -55,6 +56,7 @@ class Document(TypedDict):
     id: NotRequired[str | None]
     title: NotRequired[str | None]
     text: str
+    page: NotRequired[int | None]
     score: NotRequired[float | None]
     rank: NotRequired[int | None]
 
@@ -218,6 +220,10 @@ def check_documents(documents: Any, where: str, num_selected: int) -> None:
                 raise DatasetError(
                     f"{at}.{key}: must be a string, not {_show(document[key])}; convert it with str() or leave it out"
                 )
+        if not isinstance(document.get("page"), int | None):
+            raise DatasetError(
+                f"{at}.page: must be a whole number, not {_show(document['page'])}; convert it or leave it out"
+            )
         text = document.get("text")
         if not isinstance(text, str) or not text.strip():
             raise DatasetError(
@@ -274,8 +280,9 @@ def build_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
                 )
     is_chat = isinstance(chunk[0]["question"], list)
     document = {"id": Value("string"), "title": Value("string"), "text": Value("string")}
-    if any("rank" in candidate for record in chunk for candidate in record.get("documents") or []):
-        document |= {"score": Value("float32"), "rank": Value("int32")}
+    keys = {key for record in chunk for candidate in record.get("documents") or [] for key in candidate}
+    document |= {"page": Value("int32")} if "page" in keys else {}
+    document |= {"score": Value("float32"), "rank": Value("int32")} if "rank" in keys else {}
     features = Features(
         {
             "id": Value("string"),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..metrics.text import exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
+from ..metrics.text import contains, exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
 from ..model.importance import Sampling, elbo, iwae_bound
 from ..model.rag_model import RAGModel
 from ..system.citations import cite
@@ -108,9 +108,11 @@ def score_prediction(
             Number of documents that could be chosen, to which Recall@k goes; as many as there are by default.
 
     Returns:
-        `dict[str, float]`: `em`, `f1`, `recall@k` of the selector and `retriever_recall@k`, each from 0 to 1.
+        `dict[str, float]`: `em`, `f1`, `contains`, `recall@k` of the selector and `retriever_recall@k`, each
+        from 0 to 1.
     """
     scores = {"em": exact_match(prediction, answers), "f1": f1(prediction, answers)}
+    scores["contains"] = contains(prediction, answers)
     for k in recall_cutoffs(num_selected or len(selected)):
         scores[f"recall@{k}"] = recall_at_k([document["text"] for document in selected], answers, k)
         scores[f"retriever_recall@{k}"] = recall_at_k([document["text"] for document in candidates], answers, k)

@@ -62,7 +62,7 @@ def summarize(
 
 def _scores(rows: Sequence[dict[str, Any]], measures: Sequence[str] | None) -> dict[str, list[float | None]]:
     """Every number of the rows by name, `None` where a question has none; outcomes as shares."""
-    names = ["em", "f1"]
+    names = ["em", "f1", "contains"]
     names += sorted({name for row in rows for name in row if "recall@" in name}, key=_recall_order)
     names += ["documents"] * any("documents" in row for row in rows) + ["context_gain", "prediction_gain"]
     names += ["citation_precision", "answer_in_documents"]
@@ -156,6 +156,7 @@ def metric_label(name: str) -> tuple[str, float, int]:
     labels = {
         "em": "exact match",
         "f1": "F1",
+        "contains": "contains answer",
         "citation_precision": "citation precision",
         "answer_in_documents": "answer in context",
         "not_retrieved": "error: retrieval",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ranking import ranking_measures
 from .statistics import Interval, bootstrap_interval, paired_permutation_test
-from .text import exact_match, f1, has_answer, normalize_answer, recall_at_k, recall_of_ids_at_k
+from .text import contains, exact_match, f1, has_answer, normalize_answer, recall_at_k, recall_of_ids_at_k
 
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "KILTF1",
     "PassageRecall",
     "bootstrap_interval",
+    "contains",
     "exact_match",
     "f1",
     "has_answer",

@@ -59,6 +59,30 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(bool(prediction.strip()) and any(normalized == normalize_answer(answer) for answer in given))
 
 
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """Whether a gold answer stands in a prediction, word for word, after normalisation.
+
+    An answer in a sentence counts, which exact match knows nothing of; so does a prediction that lists all that could
+    be meant, or denies it. It is to be read beside [`exact_match`], and never less than that.
+
+    Args:
+        prediction (`str`): generated answer.
+        answers (`Sequence[str]`): gold answers, at least one.
+
+    Returns:
+        `float`: 1.0 if the words of any gold answer follow one another in the prediction, else 0.0.
+
+    Example:
+    ```python
+    >>> contains("Lorenzo Monaco was influenced by Giotto.", ["Giotto"]), contains("He was a partisan.", ["art"])
+    (1.0, 0.0)
+    ```
+    """
+    text = f" {normalize_answer(prediction)} "
+    words = [normalized for answer in answers if (normalized := normalize_answer(answer))]
+    return max(exact_match(prediction, answers), float(any(f" {each} " in text for each in words)))
+
+
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Harmonic mean of the precision and recall of a prediction's words, after normalisation.
 

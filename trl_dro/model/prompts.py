@@ -335,7 +335,7 @@ def check_lengths(
                 if length > max_answer_length:
                     raise ValueError(
                         f"{name}, row {row}, column answers[{position}]: has {length} tokens, more than "
-                        f"max_answer_length={max_answer_length}; raise the limit or drop the row"
+                        f"max_answer_length={max_answer_length}; raise the limit or drop the row (--long_answers drop)"
                     )
             row += 1
     for (builder, num_documents), (_, longest_row) in zip(builders, longest, strict=True):

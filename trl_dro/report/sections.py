@@ -235,16 +235,17 @@ def answers_section(evaluations: Mapping[str, Evaluations]) -> Section | None:
             )
         )
         shown = _evenly(scored, SHOWN_EVALUATIONS)
-        caption = f"Evaluations{_of(dataset)}: exact match and F1 in %, bounds in nats per question"
+        caption = f"Evaluations{_of(dataset)}: scores of answers in %, bounds in nats per question"
         if len(shown) < len(scored):
             caption += f"; {len(shown)} of {len(scored)}"
-        columns = ["update", "epoch", "exact match, %", "F1, %", "ELBO, nats", "IWAE bound, nats"]
+        columns = ["update", "epoch", "exact match, %", "F1, %", "contains, %", "ELBO, nats", "IWAE bound, nats"]
         table = [
             [
                 str(row["step"]),
                 _number(1, row.get("epoch", 0.0), 2),
                 _percent(row["em"]),
                 _percent(row.get("f1")),
+                _percent(row.get("contains")),
                 _nats(row.get("elbo")),
                 _nats(row.get("iwae_bound")),
             ]

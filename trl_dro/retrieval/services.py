@@ -404,7 +404,7 @@ def _document(name: str, document_id: Any, title: Any, text: Any, score: Any) ->
     return document
 
 
-def retriever_of(corpus: str | None, retriever: str | None, dense_model: str | None) -> Retriever | None:
+def retriever_of(corpus: str | None, retriever: str | None, dense_model: str | None, *cut: int) -> Retriever | None:
     """
     What finds the candidates of questions: a service, BM25 over a corpus, or nothing.
 
@@ -412,6 +412,7 @@ def retriever_of(corpus: str | None, retriever: str | None, dense_model: str | N
         corpus (`str`, *optional*): file of passages, see [`~data.corpus.read_corpus`].
         retriever (`str`, *optional*): service, see [`open_service`].
         dense_model (`str`, *optional*): model that encodes questions for the service.
+        cut (`int`): how documents are cut into passages, see [`~data.corpus.read_corpus`].
 
     Returns:
         [`Retriever`] or `None`
@@ -420,7 +421,7 @@ def retriever_of(corpus: str | None, retriever: str | None, dense_model: str | N
         `DatasetError`: both are named, or one of them cannot be opened.
     """
     if retriever is None:
-        return None if corpus is None else BM25Retriever(read_corpus(corpus))
+        return None if corpus is None else BM25Retriever(read_corpus(corpus, *cut))
     if corpus is not None:
         raise DatasetError(f"--retriever {retriever} has passages of its own: leave out --corpus")
     return open_service(retriever, dense_model)

@@ -88,7 +88,7 @@ class DROConfig(_BaseConfig):
         max_document_length (`int`, *optional*):
             Longest document in tokens, title included.
         max_answer_length (`int`, *optional*, defaults to `64`):
-            Longest answer in tokens, in training and in generation. A longer training target is an error.
+            Longest answer in tokens, in training and in generation. A longer target is an error (`--long_answers`).
         answer_permutations (`int`, *optional*, defaults to `1`):
             Permutations under which evaluation, and the trained system, look for an answer. `1` answers from the
             greedy permutation. More answer from each of the most probable ones, and take the answer with the greatest

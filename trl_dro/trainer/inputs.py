@@ -1,9 +1,12 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """A run's models, tokenizers and data by its config, and whatever can be wrong with them before weights are loaded."""
 
+import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, cast
 
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -14,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from .._trl_compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from ..data.schema import DatasetError, validate_dataset
 from ..model.codec import PermutationCodec
+from ..model.control_tokens import text_ids
 from ..model.loading import context_length, load_tokenizer, prepare_tokenizer
 from ..model.permutation import retriever_logits
 from ..model.prompts import Prompts, check_lengths
@@ -22,6 +26,11 @@ from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
 from .sharding import refuse_engines
+
+
+logger = logging.getLogger(__name__)
+
+LongAnswers = Literal["error", "drop", "truncate"]
 
 
 def check_inputs(
@@ -86,6 +95,84 @@ def check_inputs(
         all_answers = args.answer_target != "first" and name == "train_dataset"
         check_lengths(dataset, name, shown, tokenizers["generator"], args.max_answer_length, all_answers)
     return tokenizers, codec, prompts
+
+
+def fit_answers(
+    dataset: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    long_answers: LongAnswers,
+    all_answers: bool = False,
+) -> Dataset:
+    """
+    A dataset without target answers that are too long to be learned. How many there were is said in a warning.
+
+    Args:
+        dataset (`Dataset`):
+            Records.
+        name (`str`):
+            What messages call it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the generator.
+        max_answer_length (`int`):
+            Longest answer in tokens.
+        long_answers (`str`):
+            `"error"` leaves them to [`~prompts.check_lengths`]. `"drop"` leaves out these answers, and questions
+            without another target. `"truncate"` cuts them after the last word that fits.
+        all_answers (`bool`, *optional*, defaults to `False`):
+            Whether every alias is a target, not the first one alone.
+
+    Returns:
+        `Dataset`: the records in their order; other answers are as they were.
+
+    Raises:
+        `DatasetError`: a record is malformed, or none is left.
+    """
+    if long_answers == "error":
+        return dataset
+    validate_dataset(dataset, 1, name)
+    answers = dataset["answers"][:]
+    targets = [each if all_answers else each[:1] for each in answers]
+    flat = [target for each in targets for target in each]
+    lengths = iter(len(ids) for ids in text_ids(tokenizer, flat))
+    rows, fitting = [], []
+    num_long = 0
+    for row, each in enumerate(targets):
+        fits = [length <= max_answer_length for length in islice(lengths, len(each))]
+        num_long += not all(fits)
+        fitted = [
+            target if fit else _cut_answer(target, tokenizer, max_answer_length)
+            for target, fit in zip(each, fits, strict=True)
+            if fit or long_answers == "truncate"
+        ]
+        if fitted:
+            rows.append(row)
+            fitting.append([*fitted, *answers[row][len(each) :]])
+    if not num_long:
+        return dataset
+    num_lost = len(answers) - len(rows)
+    done = "were cut" if long_answers == "truncate" else f"were left out, {num_lost} of them with the question"
+    where = f"{name}: of {num_long} of {len(answers)} questions"
+    logger.warning("%s, answers of over max_answer_length=%d tokens %s", where, max_answer_length, done)
+    if not rows:
+        raise DatasetError(f"{name}: no answer has as few tokens as max_answer_length={max_answer_length}; raise it")
+    chosen = dataset.select(rows)
+    if fitting == [answers[row] for row in rows]:
+        return chosen
+    return chosen.remove_columns("answers").add_column("answers", fitting, feature=dataset.features["answers"])
+
+
+def _cut_answer(answer: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+    """As many words as have no more tokens, or, if the first has, as many of its characters."""
+    words = answer.split()
+
+    def fitting(pieces: Sequence[str], join: str) -> str:
+        ends = range(1, len(pieces) + 1)
+        count = bisect_right(ends, most, key=lambda end: len(text_ids(tokenizer, [join.join(pieces[:end])])[0]))
+        return join.join(pieces[:count])
+
+    return fitting(words, " ") or fitting(words[0], "") or words[0][0]
 
 
 def check_scores(dataset: Dataset, name: str, max_candidates: int) -> None:

@@ -242,7 +242,7 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
         logs = {name: value for name, value in logs.items() if name != "skipped_update_share" or value}
     elif "eval_em" in logs:
         start = f"evaluation at update {step}"
-        shown = {"eval_em": ("EM", "{:.1%}"), "eval_f1": ("F1", "{:.1%}")}
+        shown = {"eval_em": ("EM", "{:.1%}"), "eval_f1": ("F1", "{:.1%}"), "eval_contains": ("contains", "{:.1%}")}
         recalls = [name for name in logs if name.startswith("eval_recall@")]
         shown |= {name: (name.removeprefix("eval_").capitalize(), "{:.1%}") for name in recalls}
         shown |= {"eval_iwae_bound": ("bound", "{:.2f} nats")}
@@ -271,7 +271,7 @@ def comparison_table(before: dict[str, float], after: dict[str, float]) -> Table
     table.add_column("")
     for heading in ("retriever", "before", "after", "change"):
         table.add_column(heading, justify="right")
-    shares = {"em": "exact match, %", "f1": "F1, %"}
+    shares = {"em": "exact match, %", "f1": "F1, %", "contains": "contains answer, %"}
     before, after = ({name.removeprefix("eval_"): value for name, value in m.items()} for m in (before, after))
     shares |= {name: f"Recall{name.removeprefix('recall')}, %" for name in before if name.startswith("recall@")}
     for name, label in shares.items():
