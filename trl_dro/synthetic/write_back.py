@@ -179,10 +179,10 @@ def _cited_passages(rows: Sequence[Row], corpus: Corpus) -> dict[Any, Document]:
     """Passages of the corpus by their ids, of those that are cited and were not written back."""
     wanted = {each["id"] for row in rows for each in row["citations"] if each["id"] is not None}
     wanted = {each for each in wanted if not each.startswith(MARKER)}
+    ids = corpus.passages.select_columns("id")  # without texts, of which there may be gigabytes
     places: list[int] = []
-    for start in range(0, len(corpus), 10_000):
-        ids = corpus.passages[start : start + 10_000]["id"]
-        places += [start + place for place, own in enumerate(ids) if own in wanted]
+    for start in range(0, len(ids), 10_000):
+        places += [start + place for place, own in enumerate(ids[start : start + 10_000]["id"]) if own in wanted]
     return {passage["id"]: passage for passage in corpus.documents(places)} if places else {}
 
 
