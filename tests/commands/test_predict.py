@@ -66,6 +66,14 @@ def test_answers_by_a_sum_are_those_of_the_pipeline(folder, questions, tmp_path)
     assert [row["logp"] for row in predictions] == pytest.approx([output.logp for output in outputs], abs=1e-3)
 
 
+def test_answers_without_support_are_marked_where_that_is_asked(folder, questions, tmp_path):
+    plain = predict(arguments(folder, tmp_path / "plain", questions=str(questions)))
+    assert not any("gain" in row or "abstained" in row for row in plain)
+    marked = predict(arguments(folder, tmp_path, questions=str(questions), min_gain=1e9))
+    assert all(row["abstained"] and row["gain"] < 1e9 for row in marked)
+    assert [row["answer"] for row in marked] == [row["answer"] for row in plain]
+
+
 def test_an_interrupted_call_goes_on_and_a_finished_one_loads_no_model(folder, questions, tmp_path, monkeypatch):
     original, asked = RAGPipeline.__call__, []
 

@@ -11,6 +11,7 @@ from trl_dro.commands.evaluate import EvaluationArguments, evaluate
 from trl_dro.data import DatasetError
 from trl_dro.data.processes import ALONE, Processes
 from trl_dro.evaluation import evaluation
+from trl_dro.evaluation.abstention import count_answers, count_at_thresholds
 from trl_dro.evaluation.evaluation import batches
 from trl_dro.evaluation.evaluation import evaluate as run
 
@@ -208,6 +209,24 @@ def test_the_command_answers_by_a_sum_where_it_is_told_to(trained, tmp_path):
     lines = (tmp_path / "out" / "questions.jsonl").read_text().splitlines()
     logps = [json.loads(line)["prediction_logp"] for line in lines]
     assert logps == pytest.approx([output.logp for output in expected], abs=1e-3)
+
+
+def test_the_command_shows_what_a_least_gain_would_leave(trained, tmp_path, capsys, monkeypatch):
+    folder, dataset, _ = trained
+    summary = evaluate(arguments(folder, dataset, tmp_path, prediction_gain=True))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
+    pipe = RAGPipeline.from_pretrained(folder, options=CPU, min_gain=0.0)
+    expected = pipe(dataset["question"], documents=dataset["documents"], batch_size=12)
+    assert [row["prediction_gain"] for row in rows] == pytest.approx([each.gain for each in expected], abs=1e-3)
+    assert summary["thresholds"] == count_at_thresholds(rows) and summary["abstention"] is None
+    assert "right of answered" in capsys.readouterr().out
+    # Another threshold needs no model.
+    monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
+    least = sorted(row["prediction_gain"] for row in rows)[6]
+    summary = evaluate(arguments(folder, dataset, tmp_path, min_gain=least))
+    assert summary["abstention"] == count_answers(rows, least) and summary["abstention"]["abstained"] == 6
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["abstention"] == summary["abstention"]
+    assert f"With --min_gain {least:g}: " in capsys.readouterr().out
 
 
 def test_the_oracle_selects_what_contains_the_answer(trained, tmp_path):

@@ -79,6 +79,16 @@ def test_a_prediction_stands_in_the_selected_documents_or_not():
     assert score_question(record(), [1, 3], "")["answer_in_documents"] == 0.0
 
 
+def test_a_citation_is_precise_where_it_cites_what_is_relevant():
+    documents = [document(text) for text in ("Anna came.", "It was Anna Brown.", "Bob.")]
+    question = {"question": "who", "answers": ["Anna Brown"], "documents": documents}
+    assert score_question(question, [2, 1], "Anna")["citation_precision"] == 0.5
+    assert score_question(question, [3, 2], "Anna")["citation_precision"] == 1.0
+    assert score_question(question, [3], "Anna")["citation_precision"] is None  # nothing to cite
+    by_id = {**question, "positive_ids": ["Anna came.", "It was Anna Brown."]}
+    assert score_question(by_id, [2, 1], "Anna")["citation_precision"] == 1.0
+
+
 def test_supporting_documents_are_counted_where_they_are_known():
     ids = [CANDIDATES[0]["id"], CANDIDATES[3]["id"]]
     scores = score_question(record(positive_ids=ids), [1, 2], "")

@@ -41,7 +41,7 @@ def test_a_stream_is_the_documents_and_then_the_answer_in_pieces(server, pipe):
     expected = pipe(REQUEST["question"], documents=REQUEST["documents"])
     assert status == 200 and len(lines[0]["documents"]) == 2 and len(lines) > 3
     assert "".join(line["text"] for line in lines[1:-1]) == expected.answer
-    assert lines[-1] == {"citations": [asdict(citation) for citation in expected.citations]}
+    assert lines[-1] == {name: asdict(expected)[name] for name in ("citations", "gain", "abstained")}
 
 
 def test_an_answer_by_a_sum_is_streamed_when_it_has_won(pipe):

@@ -1,9 +1,10 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
+from trl_dro import RAGPipeline
 from trl_dro.model.control_tokens import text_ids
 
 from .serving import RECORDS, REQUEST, Gate, Server, Slow, until
@@ -52,8 +53,22 @@ def test_the_official_client_gets_the_answer_in_pieces(server, pipe):
     assert [each["id"] for each in answered[0].documents] == [each.id for each in expected.documents]
     assert [chunk.choices[0].finish_reason for chunk in answered[:-1]] == [None] * (len(answered) - 1)
     assert answered[-1].choices[0].finish_reason in ("stop", "length")
-    assert answered[-1].citations == [asdict(each) for each in expected.citations]
+    assert not answered[-1].abstained and answered[-1].citations == [asdict(each) for each in expected.citations]
     assert usage.choices == [] and usage.usage == ask(server).usage
+
+
+def test_an_answer_without_support_says_so(pipe):
+    unsure = RAGPipeline(pipe.rag, replace(pipe.config, min_gain=1e9))
+    expected = unsure(**REQUEST)
+    with Server(unsure) as server:
+        reply = ask(server)
+        chunks = list(ask(server, stream=True))
+        last = json.loads(server.ask("/stream")[1].splitlines()[-1])
+    said = f"{expected.answer}\n\n(The documents do not support this answer.)"
+    assert reply.choices[0].message.content == said
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+    for each in (reply.model_extra, chunks[-1].model_extra, last):
+        assert each["abstained"] and each["gain"] == pytest.approx(expected.gain, abs=1e-3)
 
 
 def test_a_stream_is_server_sent_events_and_ends_with_done(server):

@@ -30,6 +30,7 @@ SERVICE_HELP = (
 )
 DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
 
+MIN_GAIN_HELP = "Nats by which documents must make an answer likelier, or it is marked as abstained from."
 ANSWER_PERMUTATIONS_HELP = "Answer from so many permutations, and take the answer with the most probability over all."
 
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
@@ -211,6 +212,9 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
         answer_permutations (`int`, *optional*):
             Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
             system's.
+        min_gain (`float`, *optional*):
+            Nats by which documents must make an answer likelier, or it is marked as abstained from, instead of what
+            the system's `rag_config.json` says, which is nothing by default.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Prompt tokens computed at a time; halved where memory runs out.
         on_error (`str`, *optional*, defaults to `"stop"`):
@@ -229,6 +233,7 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
     answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
+    min_gain: float | None = field(default=None, metadata={"help": MIN_GAIN_HELP})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
     on_error: Literal["stop", "skip"] = field(
         default="stop",

@@ -11,6 +11,7 @@ from ..data.resumable import SKIPPED_FILE, write_json
 from ..data.schema import REQUIRED_COLUMNS, DatasetError, check_record, check_types, require_columns
 from ..data.storage import content_key
 from ..evaluation import evaluation
+from ..evaluation.abstention import count_answers, count_at_thresholds, print_thresholds
 from ..evaluation.evaluation import QUESTIONS_FILE, SUMMARY_FILE
 from ..evaluation.scoring import Selection
 from ..evaluation.summary import load_baseline, print_report, summarize
@@ -22,7 +23,7 @@ from .asking import NOT_COMPARED, find_candidates, load_questions
 
 
 # Arguments that do not change the result of a question.
-_NOT_COMPARED = (*NOT_COMPARED, "baseline", "ranking_measures")
+_NOT_COMPARED = (*NOT_COMPARED, "baseline", "ranking_measures", "prediction_gain", "min_gain")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,9 @@ class EvaluationArguments(QuestionArguments):
             Longest answer in tokens, instead of the trained system's.
         context_reliance (`bool`, *optional*, defaults to `True`):
             Whether to score the gold answer with and without the documents, two more forwards per question.
+        prediction_gain (`bool`, *optional*, defaults to `False`):
+            Whether to score the predicted answer with and without the documents too, which tells at which `min_gain`
+            to abstain; done if there is one.
         ranking_measures (`list[str]`, *optional*):
             Measures of `ir-measures` of the selected documents, e.g. `nDCG@5 RR@5`; needs `positive_ids`.
     """
@@ -68,6 +72,9 @@ class EvaluationArguments(QuestionArguments):
     max_answer_length: int | None = field(default=None, metadata={"help": "Longest answer in tokens."})
     context_reliance: bool = field(
         default=True, metadata={"help": "Score the gold answer with and without the documents."}
+    )
+    prediction_gain: bool = field(
+        default=False, metadata={"help": "Score the predicted answer so too, and show what --min_gain would do."}
     )
     ranking_measures: list[str] | None = field(
         default=None, metadata={"help": "Measures of ir-measures, e.g. nDCG@5 RR@5; needs positive_ids."}
@@ -98,7 +105,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             System and dataset.
 
     Returns:
-        `dict[str, Any]`: the summary, see [`~evaluation.summary.summarize`], and `num_skipped`, the rows left out.
+        `dict[str, Any]`: the summary, see [`~evaluation.summary.summarize`], and `num_skipped`, the rows left out;
+        with `prediction_gain` also `thresholds`, see [`~evaluation.abstention.count_at_thresholds`], and `abstention`,
+        the counts at `min_gain`.
 
     Raises:
         `DatasetError`: the dataset is malformed, a row is and `on_error` is `"stop"`, or all are, or the baseline is
@@ -106,7 +115,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         `ValueError`: a model cannot be found, or `output_dir` holds another evaluation.
     """
     selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
-    names = ("num_selected", "max_candidates", "max_answer_length", "answer_permutations")
+    names = ("num_selected", "max_candidates", "max_answer_length", "answer_permutations", "min_gain")
     sizes = {name: getattr(args, name) for name in names}
     # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so beside
     # the generator's own.
@@ -120,7 +129,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     }
     # Questions are read, retrieved and checked once, also where several processes answer them.
     processes = Processes.of_launcher()
-    questions, asked = processes.share(lambda: _questions_and_settings(args, system, selection))
+    questions, asked, min_gain = processes.share(lambda: _questions_and_settings(args, system, selection))
     rows = evaluation.evaluate(
         lambda: RAGPipeline.from_pretrained(**system),
         questions.dataset,
@@ -131,14 +140,15 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         asked,
         questions.skipped,
         processes,
+        "prediction_gain" in asked,
     )
-    return processes.share(lambda: _sum_up(args, rows, asked, len(questions.skipped)))
+    return processes.share(lambda: _sum_up(args, rows, asked, len(questions.skipped), min_gain))
 
 
 def _questions_and_settings(
     args: EvaluationArguments, system: dict[str, Any], selection: Selection
-) -> tuple[Questions, dict[str, Any]]:
-    """Questions that can be asked, and what tells this evaluation of them from others."""
+) -> tuple[Questions, dict[str, Any], float | None]:
+    """Questions that can be asked, what tells this evaluation of them from others, and the system's least gain."""
     found = find_system(**system)
     questions = load_questions(args, read_questions)
     find_candidates(args, questions, found.config.max_candidates)
@@ -155,19 +165,30 @@ def _questions_and_settings(
     asked = {name: value for name, value in asdict(args).items() if name not in _NOT_COMPARED}
     selector = (args.selector or args.model) if selection == "selector" else None
     asked |= system_stamp(selector, cast(str, args.generator or args.model), args.base_model)
+    if args.prediction_gain or found.config.min_gain is not None:
+        asked["prediction_gain"] = True
     if questions.skipped:
         asked["skipped_rows_sha256"] = content_key([row.row for row in questions.skipped])
-    return questions, asked
+    return questions, asked, found.config.min_gain
 
 
 def _sum_up(
-    args: EvaluationArguments, rows: list[dict[str, Any]], asked: dict[str, Any], num_skipped: int
+    args: EvaluationArguments,
+    rows: list[dict[str, Any]],
+    asked: dict[str, Any],
+    num_skipped: int,
+    min_gain: float | None,
 ) -> dict[str, Any]:
     """Prints the table and writes `summary.json`."""
     baseline = None if args.baseline is None else load_baseline(Path(args.baseline) / QUESTIONS_FILE, rows)
     summary = {**summarize(rows, baseline, args.ranking_measures), "num_skipped": num_skipped}
+    if "prediction_gain" in asked:
+        summary["thresholds"] = count_at_thresholds(rows)
+        summary["abstention"] = None if min_gain is None else count_answers(rows, min_gain)
     write_json(Path(args.output_dir) / SUMMARY_FILE, {**summary, "settings": asked, "baseline": args.baseline})
     print_report(summary, args.baseline)
+    if "prediction_gain" in asked:
+        print_thresholds(summary["thresholds"], summary["abstention"])
     print(f"One line per question is in {args.output_dir}/{QUESTIONS_FILE}.")
     if num_skipped:
         print(f"{num_skipped:,} rows were skipped: {args.output_dir}/{SKIPPED_FILE} says why.")

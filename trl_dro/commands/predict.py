@@ -65,14 +65,14 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
         `list[dict]`: for each question its `row`, `id`, `question`, `answer`, `logp` in nats (see
         [`~pipeline.RAGOutput`]), and of the selected documents, best first, `selected` (places among the candidates,
         from 1), `selected_ids`, `selected_titles`, `selected_texts` and `probabilities`, each that of the document
-        being chosen next; and `citations`, each with the fields of [`~citations.Citation`]. Rows that are skipped are
-        not among them.
+        being chosen next; `citations`, each with the fields of [`~citations.Citation`]; and, with `min_gain`, `gain`
+        and `abstained`. Rows that are skipped are not among them.
 
     Raises:
         `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
         `ValueError`: the system cannot be found, or `output_dir` holds other answers.
     """
-    sizes = {name: getattr(args, name) for name in ("max_candidates", "answer_permutations")}
+    sizes = {name: getattr(args, name) for name in ("max_candidates", "answer_permutations", "min_gain")}
     sizes = {name: value for name, value in sizes.items() if value is not None}
     options = args.load_options()
     # Questions are read, retrieved and checked once, also where several processes answer them.
@@ -143,4 +143,5 @@ def _line(record: dict[str, Any], output: Any) -> dict[str, Any]:
         "selected_texts": [document.text for document in output.documents],
         "probabilities": [document.probability for document in output.documents],
         "citations": [asdict(citation) for citation in output.citations],
+        **({} if output.gain is None else {"gain": output.gain, "abstained": output.abstained}),
     }

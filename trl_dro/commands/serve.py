@@ -12,6 +12,7 @@ from .arguments import (
     ANSWER_PERMUTATIONS_HELP,
     CORPUS_HELP,
     DENSE_MODEL_HELP,
+    MIN_GAIN_HELP,
     SERVICE_HELP,
     CuttingArguments,
     LoadArguments,
@@ -37,6 +38,9 @@ class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
         answer_permutations (`int`, *optional*):
             Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
             system's.
+        min_gain (`float`, *optional*):
+            Nats by which documents must make an answer likelier, or it is marked as abstained from, instead of what
+            the system's `rag_config.json` says, which is nothing by default.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
@@ -50,6 +54,7 @@ class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
     retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
     dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
     answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
+    min_gain: float | None = field(default=None, metadata={"help": MIN_GAIN_HELP})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
 
@@ -83,6 +88,7 @@ def serve(args: ServeArguments) -> None:
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
     retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
+    set_here = {name: getattr(args, name) for name in ("answer_permutations", "min_gain")}
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
         selector=args.selector,
@@ -90,7 +96,7 @@ def serve(args: ServeArguments) -> None:
         revision=args.revision,
         base_model=args.base_model,
         options=args.load_options(),
-        **({} if args.answer_permutations is None else {"answer_permutations": args.answer_permutations}),
+        **{name: value for name, value in set_here.items() if value is not None},
     )
     hosts = loopback_names(args.host, sockets)
     if hosts is None and api_key is None:

@@ -16,6 +16,7 @@ from ..data.schema import BadRow
 from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
 from ..model.rag_model import RAGModel
+from ..system.abstention import AnswerLogps, answer_logps
 from ..system.mixture import MixtureAnswer
 from ..system.pipeline import RAGPipeline
 from ..system.rag_config import RAGConfig
@@ -38,6 +39,7 @@ def evaluate(
     settings: dict[str, Any] | None = None,
     skipped: Sequence[BadRow] = (),
     processes: Processes = ALONE,
+    prediction_gain: bool = False,
 ) -> list[Scored]:
     """
     Answers and scores every question of a dataset, one line of `questions.jsonl` each.
@@ -61,6 +63,8 @@ def evaluate(
             Rows of the source that `dataset` leaves out, listed in `skipped.jsonl`.
         processes ([`~processes.Processes`], *optional*):
             Those that call this function together: batches are dealt out to them.
+        prediction_gain (`bool`, *optional*, defaults to `False`):
+            Whether to score the predicted answer with and without the documents too.
 
     Returns:
         `list[dict]`: one dict per question in the order of the dataset, as in the file.
@@ -76,7 +80,7 @@ def evaluate(
         pipe = load()
         validate_dataset(dataset, pipe.config.num_selected, "dataset")
         for rows, records in batches(pipe, dataset, left, tokens_per_batch, processes):
-            yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, records)
+            yield rows, _score_batch(pipe.rag, pipe.config, selection, context_reliance, prediction_gain, records)
 
     own = {"selection": selection, "dataset_sha256": asked, **(settings or {})}
     return complete_rows(Path(output_dir) / QUESTIONS_FILE, len(dataset), own, work, "Evaluating", skipped, processes)
@@ -138,19 +142,19 @@ def _score_batch(
     config: RAGConfig,
     selection: Selection,
     context_reliance: bool,
+    prediction_gain: bool,
     records: list[dict[str, Any]],
 ) -> list[Scored]:
     start = time.perf_counter()
     answers = answer_from(rag, records, selection, config.max_answer_length, config.answer_permutations)
     permutations = torch.tensor([answer.permutation for answer in answers])  # [B, K]
     seconds = (time.perf_counter() - start) / len(records)
-    logps: list[tuple[float, float]] = []
+    logps: list[AnswerLogps] = []
     if context_reliance:
-        targets = [record["answers"][:1] for record in records]
-        none = torch.empty(len(records), 1, 0, dtype=torch.long)
-        with_documents = rag.answer_logps(records, targets, permutations.unsqueeze(1))[:, 0].tolist()
-        without = rag.answer_logps(records, targets, none)[:, 0].tolist()
-        logps = list(zip(with_documents, without, strict=True))
+        logps = answer_logps(rag, records, [record["answers"][0] for record in records], permutations)
+    predicted: list[AnswerLogps] = []
+    if prediction_gain:
+        predicted = answer_logps(rag, records, [answer.text for answer in answers], permutations)
     rows = []
     selected = [[place for place in row if place] for row in permutations.tolist()]
     for i, (record, permutation, answer) in enumerate(zip(records, selected, answers, strict=True)):
@@ -168,7 +172,9 @@ def _score_batch(
             row["documents"] = len(permutation)
         if context_reliance:
             row["answer_logp"], row["answer_logp_without_documents"] = logps[i]
-            row["context_gain"] = logps[i][0] - logps[i][1]
+            row["context_gain"] = logps[i].gain
+        if prediction_gain:
+            row["prediction_gain"] = predicted[i].gain
         tokens = _count_tokens(rag, record, answer, selection)
         rows.append(row | {"prediction_logp": answer.logp, "seconds": seconds, "tokens": tokens})
     return rows

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..metrics.text import contains, exact_match, f1, has_answer, recall_at_k, recall_of_ids_at_k
 from ..model.importance import Sampling, elbo, iwae_bound
 from ..model.rag_model import RAGModel
+from ..system.citations import cite
 from ..system.mixture import MixtureAnswer, answer_questions
+from ..system.selection import SelectedDocument
 
 
 Selection = Literal["selector", "retriever", "oracle"]
@@ -203,6 +205,7 @@ def score_question(
 
     Returns:
         `dict[str, Any]`: the scores of [`score_prediction`]; `support_recall@k` where the record has `positive_ids`;
+        [`citation_precision`];
         `answer_in_documents`, whether the prediction stands in a selected document; and `outcome`, one of `correct`,
         `not_retrieved` (no candidate contains a gold answer), `not_selected` (no selected document does) and
         `not_answered`.
@@ -214,6 +217,7 @@ def score_question(
         for k in recall_cutoffs(num_selected or len(selected)):
             ids = [str(document.get("id")) for document in selected]
             scores[f"support_recall@{k}"] = recall_of_ids_at_k(ids, question["positive_ids"], k)
+    scores["citation_precision"] = citation_precision(question, permutation, prediction)
     scores["answer_in_documents"] = float(any(has_answer(document["text"], [prediction]) for document in selected))
 
     def found(documents: Sequence[dict[str, Any]]) -> bool:
@@ -226,3 +230,27 @@ def score_question(
     else:
         scores["outcome"] = "not_answered" if found(selected) else "not_selected"
     return scores
+
+
+def citation_precision(question: dict[str, Any], permutation: Sequence[int], prediction: str) -> float | None:
+    """
+    Share of the passages cited for an answer that are relevant, see [`~citations.cite`] and [`is_relevant`].
+
+    Args:
+        question (`dict`):
+            Record with its candidates in retrieval order.
+        permutation (`list[int]`):
+            Selected places in `documents`, from 1.
+        prediction (`str`):
+            Generated answer.
+
+    Returns:
+        `float`, or `None` if nothing is cited.
+    """
+    candidates = question["documents"]
+    selected = [
+        SelectedDocument(candidates[place - 1].get("id"), None, candidates[place - 1]["text"], place, 0.0)
+        for place in permutation
+    ]
+    cited = [candidates[each.position - 1] for each in cite(question["question"], prediction, selected)]
+    return sum(is_relevant(document, question) for document in cited) / len(cited) if cited else None

@@ -64,7 +64,8 @@ def _scores(rows: Sequence[dict[str, Any]], measures: Sequence[str] | None) -> d
     """Every number of the rows by name, `None` where a question has none; outcomes as shares."""
     names = ["em", "f1", "contains"]
     names += sorted({name for row in rows for name in row if "recall@" in name}, key=_recall_order)
-    names += ["documents"] * any("documents" in row for row in rows) + ["context_gain", "answer_in_documents"]
+    names += ["documents"] * any("documents" in row for row in rows) + ["context_gain", "prediction_gain"]
+    names += ["citation_precision", "answer_in_documents"]
     scores: dict[str, list[float | None]] = {name: [row.get(name) for row in rows] for name in names}
     if measures:
         with_positives = [i for i, row in enumerate(rows) if row["positive_ids"]]
@@ -156,6 +157,7 @@ def metric_label(name: str) -> tuple[str, float, int]:
         "em": "exact match",
         "f1": "F1",
         "contains": "contains answer",
+        "citation_precision": "citation precision",
         "answer_in_documents": "answer in context",
         "not_retrieved": "error: retrieval",
         "not_selected": "error: selection",
@@ -163,6 +165,7 @@ def metric_label(name: str) -> tuple[str, float, int]:
     }
     others = {
         "context_gain": ("gain by documents", 1.0, 2),
+        "prediction_gain": ("gain of own answer", 1.0, 2),
         "documents": ("documents/question", 1.0, 2),
         "seconds": ("seconds/question", 1.0, 3),
         "tokens": ("tokens/question", 1.0, 0),

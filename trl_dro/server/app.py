@@ -155,7 +155,7 @@ def _add_pages(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
 
 
 async def _lines(answers: AsyncGenerator[RAGOutput, None]) -> AsyncGenerator[str, None]:
-    """Lines of a streamed answer: its documents, each piece of its text, and what it rests on."""
+    """Lines of a streamed answer: its documents, each piece of its text, and what it rests on, and how firmly."""
     begun = False
     output = None
     async for output, text in pieces(answers):
@@ -166,4 +166,4 @@ async def _lines(answers: AsyncGenerator[RAGOutput, None]) -> AsyncGenerator[str
         if text:
             yield json.dumps({"text": text}) + "\n"
     assert output is not None  # the last one is the whole answer
-    yield json.dumps({"citations": [asdict(citation) for citation in output.citations]}) + "\n"
+    yield json.dumps({name: asdict(output)[name] for name in ("citations", "gain", "abstained")}) + "\n"

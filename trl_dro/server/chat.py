@@ -27,6 +27,8 @@ UNHEEDED = {
     *("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "reasoning_effort", "verbosity"),
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
 }
+# What an answer ends with that its documents do not support: not all clients show other fields than the text.
+ABSTAINED = "\n\n(The documents do not support this answer.)"
 
 
 class PartIn(BaseModel):
@@ -118,10 +120,11 @@ class Completion:
 
     def whole(self, output: RAGOutput) -> dict[str, Any]:
         """The reply that is not streamed."""
-        message = {"role": "assistant", "content": output.answer, "refusal": None}
+        content = output.answer + (ABSTAINED if output.abstained else "")
+        message = {"role": "assistant", "content": content, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason(output)}
         own = {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage(output)}
-        return {**own, **documents(output), **citations(output)}
+        return {**own, **documents(output), **support(output)}
 
     async def events(self, answers: AsyncGenerator[RAGOutput, None], with_usage: bool) -> AsyncGenerator[str, None]:
         """Server-sent events: the documents with the first chunk, pieces, and with the last one the citations."""
@@ -133,7 +136,9 @@ class Completion:
                 self.begun = True
                 yield self.event({"role": "assistant", "content": text}, **documents(output))
         assert output is not None  # the last one is the whole answer
-        yield self.event({}, self.finish_reason(output), **citations(output))
+        if output.abstained:
+            yield self.event({"content": ABSTAINED})
+        yield self.event({}, self.finish_reason(output), **support(output))
         if with_usage:
             yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(output)})
         yield "data: [DONE]\n\n"
@@ -162,9 +167,9 @@ def documents(output: RAGOutput) -> dict[str, Any]:
     return {"documents": [asdict(document) for document in output.documents]}
 
 
-def citations(output: RAGOutput) -> dict[str, Any]:
-    """What the answer rests on, beside OpenAI's own fields."""
-    return {"citations": [asdict(citation) for citation in output.citations]}
+def support(output: RAGOutput) -> dict[str, Any]:
+    """What the answer rests on, and how firmly, beside OpenAI's own fields."""
+    return {name: asdict(output)[name] for name in ("citations", "gain", "abstained")}
 
 
 def event(content: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ..model.prompts import Question, question_text
 from ..model.rag_model import RAGModel
 from ..model.roles import Role, note_role
 from ..retrieval import Retriever
+from .abstention import answer_logps
 from .citations import Citation, cite
 from .mixture import answer_questions
 from .rag_config import RAGConfig
@@ -40,12 +41,19 @@ class RAGOutput:
             while the answer is being written, of the selection alone.
         citations (`list[Citation]`):
             What the answer rests on among the documents, see [`~citations.cite`]; none while it is being written.
+        gain (`float`, *optional*):
+            Nats by which the documents make the answer likelier, see [`~abstention.AnswerLogps`]; computed if
+            `config.min_gain` is set.
+        abstained (`bool`):
+            Whether that is less than `config.min_gain`: the documents do not support the answer.
     """
 
     answer: str
     documents: list[SelectedDocument]
     logp: float = 0.0
     citations: list[Citation] = field(default_factory=list)
+    gain: float | None = None
+    abstained: bool = False
 
 
 # Sees a question's place and its output so far, or `None` while nothing of it is certain; returns whether to leave it.
@@ -202,7 +210,8 @@ class RAGPipeline:
         for start in range(0, len(records), batch_size):
             seen = None if watch is None else partial(_watch_from, watch, start)
             with self._lock:
-                outputs += self._answer(records[start : start + batch_size], seen)
+                batch = records[start : start + batch_size]
+                outputs += self._judged(batch, self._answer(batch, seen))
         for record, output in zip(records, outputs, strict=True):
             output.citations = cite(record["question"], output.answer, output.documents)
         return outputs if several else outputs[0]
@@ -360,6 +369,19 @@ class RAGPipeline:
             for row, answer, selection in zip(rows, answers, selections, strict=True):
                 outputs[row] = RAGOutput(answer.text, selection, answer.logp)
         return outputs
+
+    def _judged(self, records: list[dict[str, Any]], outputs: list[RAGOutput]) -> list[RAGOutput]:
+        """Outputs that tell whether they abstain, if they can."""
+        if (least := self.config.min_gain) is None:
+            return outputs
+        judged = list(outputs)
+        for rag, rows in self._groups(records):
+            places = [[document.position for document in outputs[row].documents] for row in rows]
+            permutations = torch.tensor([rag.codec.padded(each) for each in places])
+            asked, answers = [records[row] for row in rows], [outputs[row].answer for row in rows]
+            for row, logps in zip(rows, answer_logps(rag, asked, answers, permutations), strict=True):
+                judged[row] = replace(outputs[row], gain=logps.gain, abstained=logps.gain < least)
+        return judged
 
     def _pieces(self, record: dict[str, Any], selection: list[SelectedDocument]) -> Iterator[str]:
         rag = self._rag_for(record)

@@ -27,7 +27,7 @@ CONFIG_FILE = "rag_config.json"
 class RAGConfig:
     """
     What a trained system must be shown at inference, as it was in training; the fields are those of
-    [`~dro_config.DROConfig`].
+    [`~dro_config.DROConfig`], but for `min_gain`, which can be told after training only.
 
     Args:
         num_selected (`int`, *optional*, defaults to `5`):
@@ -58,6 +58,9 @@ class RAGConfig:
             Permutations under which an answer is looked for, see [`~mixture.answer_questions`].
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the tokenizer's chat template.
+        min_gain (`float`, *optional*):
+            Nats by which its documents must make an answer likelier, or it is marked as abstained from, see
+            [`~pipeline.RAGOutput`]; nothing is by default.
     """
 
     num_selected: int = 5
@@ -74,11 +77,12 @@ class RAGConfig:
     max_answer_length: int = 64
     answer_permutations: int = 1
     chat_template_kwargs: dict[str, Any] | None = None
+    min_gain: float | None = None
 
     @classmethod
     def of_training(cls, args: Any) -> "RAGConfig":
         """The settings of a training run."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if field.name != "min_gain"})
 
     def build_codec(self, tokenizers: dict[Role, PreTrainedTokenizerBase]) -> PermutationCodec:
         """Form in which permutations are written: by the selector's tokenizer, unless it scores documents."""
@@ -182,6 +186,12 @@ class RAGConfig:
                 f"{where}: chat_template_kwargs must be an object or null, not {self.chat_template_kwargs!r}; "
                 "correct it"
             )
+        if self.min_gain is not None and (
+            isinstance(self.min_gain, bool)
+            or not isinstance(self.min_gain, int | float)
+            or not math.isfinite(self.min_gain)
+        ):
+            raise ValueError(f"{where}: min_gain must be a finite number or null, not {self.min_gain!r}; correct it")
         for name in ("retriever_prior", "query_likelihood_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
