@@ -375,9 +375,8 @@ class FrameworkRetriever(_Service):
         try:
             found = self.retriever.invoke(query) if self.is_langchain else self.retriever.retrieve(query)
         except Exception as error:
-            if UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:
-                raise _NotNowError(first_line(error)) from None
-            raise
+            known = UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}
+            raise (_NotNowError(first_line(error)) if known else error) from None
         return [self._langchain(each) if self.is_langchain else self._llama_index(each) for each in found]
 
     def _langchain(self, found: Any) -> Document:
