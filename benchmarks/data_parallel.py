@@ -2,9 +2,9 @@
 """
 Whether two processes compute what one does: losses, norms of gradients and weights over some updates of the same four
 questions on a tiny random Llama, in 11 settings, and their differences relative to the largest value. They must stay
-below 1e-5. With `--engine fsdp2` each of the two holds half of every weight, with `zero1` and `zero2` (DeepSpeed) half
-of the optimizer's states. On CPUs a config of accelerate starts neither: the processes are told as `accelerate launch`
-tells them.
+below 1e-5. With `--engine fsdp2` and `zero3` (DeepSpeed) each of the two holds half of every weight, with `zero1` and
+`zero2` half of the optimizer's states. On CPUs a config of accelerate starts neither: the processes are told as
+`accelerate launch` tells them.
 
 ```bash
 .venv/bin/python benchmarks/data_parallel.py

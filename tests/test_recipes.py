@@ -18,7 +18,7 @@ RECIPES = sorted(path for path in (Path(__file__).resolve().parents[1] / "recipe
 BENCHMARKS = ("nq", "hotpotqa", "musique", "2wiki", "wow")
 SMALL = ("smollm2_135m", "gemma3_270m", "qwen3_0.6b", "llama3.2_1b", "qwen2.5_3b")
 GIB = {"CPU": 16, "8 GB card": 6.5, "16 GB card": 13, "24 GB card": 20}  # with 1 to 2 GiB left to a card's context
-SETTINGS = ("llama3_8b_qlora", "mistral_7b_qlora", "llama3_1b_8b_qlora", "llama3_8b_8gpu")
+SETTINGS = ("llama3_8b_qlora", "mistral_7b_qlora", "llama3_1b_8b_qlora", "llama3_8b_8gpu", "mistral_7b_8gpu")
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 def dry_run(monkeypatch, capsys, recipe, *arguments):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(recipe.parents[1])  # recipes of several cards name one of recipes/accelerate
     monkeypatch.setattr(sys, "argv", ["trl-dro", "train", "--config", str(recipe), "--dry_run", *map(str, arguments)])
     monkeypatch.setattr(train, "DROTrainer", None)  # no weights are loaded
     main()
@@ -70,6 +71,20 @@ def test_every_recipe_dry_runs_with_data_and_with_none(recipe, hub_cache, tmp_pa
     assert f"At most {float(peak):.1f} GiB" in header and f"{work} per update" in header
     assert "Only the dry run was run: no GPU" in header
     assert float(peak) < (74 if "8gpu" in recipe.stem else 22)  # GiB of a card of 80 GB or 24 GB
+
+
+@pytest.mark.parametrize("model", ["llama3_8b", "mistral_7b"])
+def test_all_weights_fit_eight_cards_under_each_engine_as_the_header_says(model, hub_cache, monkeypatch, capsys):
+    fill_hub_cache(hub_cache)
+    [recipe] = [path for path in RECIPES if path.stem == f"nq_{model}_8gpu"]
+    header = " ".join(recipe.read_text().split("\nmodel_name_or_path")[0].replace("# ", " ").split())
+    stated = re.findall(r"([\d.]+) GiB: (--accelerate_config .*?)(?:\. With|\.$)", header)
+    assert len(stated) == 2 and "zero3.yaml" in stated[0][1] and "--use_peft true" in stated[1][1]
+    for peak, arguments in stated:
+        shown = dry_run(monkeypatch, capsys, recipe, *arguments.split())
+        estimate = re.search(r"at most *│ *([\d.]+) │", shown)[1]
+        assert f"{float(estimate):.1f}" == peak and float(peak) < 74
+    assert "under FSDP2" in dry_run(monkeypatch, capsys, recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

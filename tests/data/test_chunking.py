@@ -66,6 +66,7 @@ def test_length_of_a_passage_can_be_set(folder, tmp_path):
 def test_fingerprint_is_that_of_names_and_contents(folder):
     before = DocumentFolder(folder).fingerprint()
     (folder / ".hidden.txt").write_text("Not read.")
+    (folder / "~$notes.txt").write_text("The lock of a document that is open elsewhere.")
     assert DocumentFolder(folder).fingerprint() == before
     (folder / "notes.txt").rename(folder / "renamed.txt")
     assert DocumentFolder(folder).fingerprint() != before

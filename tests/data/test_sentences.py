@@ -14,6 +14,7 @@ from trl_dro.data.sentences import split_sentences
         ['She said "No."', "(He did not hear it.)", "Then she left."],
         ["It costs 3.50 EUR.", "Version 2.0 of 1999 is free."],
         ["1. Buy bread.", "2. Eat it."],
+        ["The min. price is 5 ct. a piece.", "It is low."],
         ["Die Straße ist z.B. lang.", "Ähnlich ist die zweite."],
         ["蜜蜂酿蜜。", "黄蜂不酿！"],
     ],

@@ -30,7 +30,6 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from trl_dro import DROConfig, DROTrainer
@@ -63,6 +62,12 @@ ENGINES = {
         }
         for stage in (1, 2)
     },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        # By itself it would leave weights as small as these whole.
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(__file__).with_name("zero3.json")),
+        "DS_ACCELERATOR": "cpu",
+    },
 }
 
 
@@ -82,12 +87,6 @@ def spare_deepspeed_its_compiler() -> None:
     """Without an accelerator DeepSpeed first compiles a way of its own to add up tensors, which takes minutes."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-
-
-def whole(weight: Tensor) -> Tensor:
-    """All of a weight, be it sharded or not."""
-    weight = weight.detach()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight.contiguous()
 
 
 class Pause(TrainerCallback):
@@ -180,7 +179,8 @@ def train(output_dir: str, resume: bool | str = False, save: bool = False, **set
         trainer.save_model()
     folder = result_folder(output_dir, trainer.args.process_index)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {f"{role}.{name}": whole(p) for role in ROLES for name, p in trainer.roles.named_parameters(role)}
+    own = [(f"{role}.{name}", weight) for role in ROLES for name, weight in trainer.roles.named_parameters(role)]
+    weights = {name: trainer.engine.full(weight).contiguous() for name, weight in own}
     save_file(weights, folder / "weights.safetensors")
     (folder / "logs.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Two processes under DeepSpeed's ZeRO, stages 1 and 2, compute what one does without it, and leave behind what it
+"""Two processes under DeepSpeed's ZeRO, stages 1 to 3, compute what one does without it, and leave behind what it
 leaves: roles for plain peft and transformers, and checkpoints to go on from, bit for bit."""
 
 import shutil
@@ -14,13 +14,15 @@ from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from .run_training import read_result, start
 from .test_data_parallel import dealt, difference
-from .test_sharding import SECONDS, SETTINGS, TOLERANCE, job, launch
+from .test_sharding import SECONDS, SETTINGS, TOLERANCE, UNUSABLE, job, launch
 
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install -c constraints.txt -e '.[deepspeed]'")
 
 ZERO2 = {name: SETTINGS[name] for name in ("adapters", "blocks in parts", "two full models", "two bases")} | {
     "no clipping": {"max_grad_norm": 0.0, "learning_rate": 5e-4},
+    # Nothing but what is left of an update can make the next one's gradients differ.
+    "nothing learned": {"learning_rate": 0.0, "max_steps": 2},
     "questions unusable in one process": {"unusable": dealt(1)[:1]},
     # The third update comes after one that is left out, and momentum must not know of that.
     "a whole update unusable": {
@@ -31,7 +33,11 @@ ZERO2 = {name: SETTINGS[name] for name in ("adapters", "blocks in parts", "two f
     },
 }
 ZERO1 = {name: ZERO2[name] for name in ("adapters", "two full models", "a whole update unusable")}
-RUNS = [("zero2", name) for name in ZERO2] + [("zero1", name) for name in ZERO1]
+ZERO3 = {
+    name: ZERO2[name] for name in ("adapters", "blocks in parts", "two full models", "two bases", "nothing learned")
+}
+STAGES = {"zero2": ZERO2, "zero1": ZERO1, "zero3": ZERO3}
+RUNS = [(stage, name) for stage, settings in STAGES.items() for name in settings]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +46,13 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     jobs = [job(settings, 4, folder / "one" / name) for name, settings in ZERO2.items()]
     alone = start(jobs, folder / "log-of-one")
-    for stage, settings in (("zero2", ZERO2), ("zero1", ZERO1)):
+    for stage, settings in STAGES.items():
         jobs = [job(settings[name], 2, folder / stage / name) for name in settings]
         again = {"resume": str(folder / stage / "adapters" / "checkpoint-2")}
-        launch(stage, [*jobs, job(settings["adapters"], 2, folder / stage / "resumed") | again], folder / "log")
+        jobs.append(job(settings["adapters"], 2, folder / stage / "resumed") | again)
+        if stage == "zero3":
+            jobs.append(job(UNUSABLE, 2, folder / stage / "unusable"))
+        launch(stage, jobs, folder / "log")
     alone.join(SECONDS)
     assert alone.exitcode == 0, (folder / "log-of-one").read_text()
     return folder
@@ -53,7 +62,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("stage, name", RUNS)
 def test_zero_logs_and_learns_what_one_process_does(results, stage, name):
     (expected_logs, expected), (logs, weights) = (read_result(results / each / name) for each in ("one", stage))
-    assert len(logs) == len(expected_logs) == 4 and weights.keys() == expected.keys()
+    assert len(logs) == len(expected_logs) == ZERO2[name].get("max_steps", 4) and weights.keys() == expected.keys()
     assert [row.keys() for row in logs] == [row.keys() for row in expected_logs]  # fewer of an update left out
     differences = {}
     for key in expected_logs[-1]:
@@ -67,7 +76,7 @@ def test_zero_logs_and_learns_what_one_process_does(results, stage, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_zero_resumes_bit_for_bit_from_whole_checkpoints(results, stage, tmp_path):
     checkpoints = find_checkpoints(results / stage / "adapters")
     assert [path.name for path in checkpoints] == ["checkpoint-4", "checkpoint-2"]
@@ -88,7 +97,7 @@ def test_zero_resumes_bit_for_bit_from_whole_checkpoints(results, stage, tmp_pat
 
 @pytest.mark.slow
 def test_zero_puts_back_the_best_weights(results):
-    for stage in ("one", "zero2"):
+    for stage in ("one", "zero2", "zero3"):
         run = results / stage / "two bases"
         last = find_checkpoints(run)[0]
         saved = (last / "generator" / "adapter_model.safetensors").read_bytes()
@@ -96,9 +105,10 @@ def test_zero_puts_back_the_best_weights(results):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("role", ["selector", "generator"])
-def test_roles_that_zero_saves_are_whole_for_peft_and_transformers(results, role):
-    run = results / "zero2"
+def test_roles_that_zero_saves_are_whole_for_peft_and_transformers(results, role, stage):
+    run = results / stage
     base = tiny_llama(bpe_tokenizer(split_digits=False))
     adapted = PeftModel.from_pretrained(base, run / "adapters" / role)
     _, expected = read_result(run / "adapters")
@@ -108,3 +118,12 @@ def test_roles_that_zero_saves_are_whole_for_peft_and_transformers(results, role
     full = AutoModelForCausalLM.from_pretrained(run / "two full models" / role)
     _, expected = read_result(run / "two full models")
     assert all(torch.equal(p, expected[f"{role}.{role}.{name}"]) for name, p in full.named_parameters())
+
+
+@pytest.mark.slow
+def test_zero3_leaves_out_an_update_with_an_unusable_question_in_all_processes(results):
+    ranks = [read_result(results / "zero3" / "unusable", rank) for rank in (0, 1)]
+    # Eight questions are two updates, one of which has the question; nothing of it is left for the next one.
+    assert sum(row["skipped_update_share"] for row in ranks[0][0]) == 2
+    assert all(weight.isfinite().all() for weight in ranks[0][1].values())
+    assert all(torch.equal(ranks[0][1][name], ranks[1][1][name]) for name in ranks[0][1])

@@ -1,5 +1,4 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ from trl_dro import DROConfig
 from trl_dro.model.rag_model import RAGModel
 from trl_dro.trainer.inputs import check_inputs
 from trl_dro.trainer.plan import Lengths, Models, _count_steps, make_plan
-from trl_dro.trainer.sharding import shards
 
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from .test_cost import make_questions
@@ -112,18 +110,33 @@ def test_fsdp2_spreads_sixteen_bytes_a_trained_weight_and_gathers_two_of_the_lar
     models = Models(MODEL.config, MODEL.config, None, torch.bfloat16, None)
     args = config(tmp_path, bf16=True)
     count = sum(p.numel() for p in MODEL.parameters())
-    plan = make_plan(models, args, Lengths.of_settings(args), 20, 5, 8, sharded=True)
+    plan = make_plan(models, args, Lengths.of_settings(args), 20, 5, 8, "FSDP2")
     spread = sum(plan.memory[name] for name in ("base", "gradients", "optimizer"))
     assert spread == 16 * 2 * count / 8 and plan.memory["gathered for sampling"] == 2 * count
     assert plan.memory["adapters"] == plan.memory["buckets"] == 0
     assert plan.peak < make_plan(models, args, Lengths.of_settings(args), 20, 5, 8).peak
     # One base of both roles: frozen weights stay in bfloat16, and all of them are gathered.
     shared = Models(MODEL.config, None, MODELS.peft_config, torch.bfloat16, None)
-    plan = make_plan(shared, args, Lengths.of_settings(args), 20, 5, 2, sharded=True)
+    plan = make_plan(shared, args, Lengths.of_settings(args), 20, 5, 2, "FSDP2")
     assert plan.memory["base"] == 2 * count / 2 and plan.memory["optimizer"] == 2 * plan.memory["adapters"]
 
 
-def test_configs_of_accelerate_tell_whether_a_run_is_sharded(tmp_path):
-    recipes = Path(__file__).resolve().parents[2] / "recipes/accelerate"
-    shown = {path.stem: shards(str(path), config(tmp_path)) for path in recipes.glob("*.yaml")}
-    assert {name for name, sharded in shown.items() if sharded} == {"fsdp2"}
+def test_zero_spreads_what_its_stage_says(tmp_path):
+    models = Models(MODEL.config, MODEL.config, None, torch.bfloat16, None)
+    args = config(tmp_path, bf16=True)
+    count = sum(p.numel() for p in MODEL.parameters())
+    plans = [make_plan(models, args, Lengths.of_settings(args), 20, 5, 8, f"ZeRO-{stage}") for stage in (1, 2, 3)]
+    weights, trained = 2 * 2 * count, 2 * count
+    for stage, plan in enumerate(plans, start=1):
+        # Two moments and a float32 copy of each weight; one of the gradients of a role at a time.
+        assert plan.memory["optimizer"] == 12 * trained / 8 and plan.memory["buckets"] == 2 * trained
+        assert plan.memory["gradients"] == 2 * trained / (8 if stage > 1 else 1) + 4 * count / 8
+        assert plan.memory["base"] == (weights / 8 if stage == 3 else weights)
+        assert plan.memory.get("autocast copies", 0) == 0
+    assert plans[2].memory["gathered for sampling"] == 2 * count
+    assert plans[0].peak > plans[1].peak
+    # A base of both roles whose weights are not trained is 16 bits wide, and whole but in stage 3.
+    shared = Models(MODEL.config, None, MODELS.peft_config, torch.bfloat16, None)
+    peaks = [make_plan(shared, args, Lengths.of_settings(args), 20, 5, 8, f"ZeRO-{n}").memory for n in (2, 3)]
+    assert peaks[0]["base"] == 2 * count == 8 * peaks[1]["base"]
+    assert peaks[0]["optimizer"] == 6 * peaks[0]["adapters"] / 8

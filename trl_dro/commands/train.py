@@ -34,7 +34,7 @@ from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
 from ..trainer.ranges import check_model_settings
 from ..trainer.run import checkpoints_of_run
-from ..trainer.sharding import shards
+from ..trainer.sharding import engine_name
 from .arguments import CORPUS_HELP, DATASET_HELP, CuttingArguments, LaunchArguments, check_range
 
 
@@ -254,10 +254,10 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
         check_adapters(args.selector_adapter, args.generator_adapter, model, training_args, model_args)
     models = describe_models(model, args, training_args, model_args)
     num_processes = max(training_args.world_size, args.num_processes or torch.cuda.device_count())
-    sharded = shards(args.accelerate_config, training_args)
+    engine = engine_name(args.accelerate_config, training_args)
     lengths = Lengths.of_settings(training_args)
     if not (args.dataset_name or args.questions):
-        print_plan(make_plan(models, training_args, lengths, None, 0, num_processes, sharded))
+        print_plan(make_plan(models, training_args, lengths, None, 0, num_processes, engine))
         return
     train_dataset, eval_dataset = load_data(args, training_args.max_candidates)
     selector_model = args.selector_model_name_or_path
@@ -273,7 +273,7 @@ def dry_run(model: str, args: TrainArguments, training_args: DROConfig, model_ar
         _, codec, prompts = check_inputs(model, selector_model, None, training_args, train_dataset, eval_dataset)
         lengths = Lengths.of_data(train_dataset, training_args, prompts, codec)
     num_eval = 0 if eval_dataset is None else len(eval_dataset)
-    print_plan(make_plan(models, training_args, lengths, len(train_dataset), num_eval, num_processes, sharded))
+    print_plan(make_plan(models, training_args, lengths, len(train_dataset), num_eval, num_processes, engine))
 
 
 def describe_models(model: str, args: TrainArguments, training_args: DROConfig, model_args: ModelConfig) -> Models:

@@ -45,7 +45,7 @@ class DocumentFolder:
 
     The id of a passage is the path of its file within the folder, of rows with their `id` or number, and the passage's
     number in the document: `guide/start.md#0`. It does not change when other documents do. Files of other kinds,
-    hidden ones, and documents without a word are passed over, and how many were is said in a warning.
+    hidden ones (`.a.md`, `~$a.docx`), and documents without a word are passed over; how many is said in a warning.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -77,7 +77,7 @@ class DocumentFolder:
         files = sorted(
             path
             for path in (self.folder.rglob("*") if path.is_dir() else [path])
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            if path.is_file() and not any(part.startswith((".", "~$")) for part in path.relative_to(self.folder).parts)
         )
         self.files = [path for path in files if path.suffix.lower() in SUFFIXES]
         others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)

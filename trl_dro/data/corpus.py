@@ -152,8 +152,7 @@ def open_corpus(
     | `.parquet` | the same |
     | Hub id, optionally `id:config` | the same |
     | folder of `Dataset.save_to_disk` | the same |
-    | other folder, or one `.txt`, `.md`, `.html`, `.docx` or `.pdf` | documents are cut into passages, see \
-    [`~data.chunking.DocumentFolder`] |
+    | other folder, or one `.txt`, `.md`, `.html`, `.docx`, `.pdf` | documents, see [`~data.chunking.DocumentFolder`] |
 
     Args:
         path_or_id (`str` or `os.PathLike`): the corpus. `docid`, `_id` and `passage_id` are read as `id`.

@@ -23,6 +23,9 @@ from ..model.roles import ROLES, Role, RolePair, Roles, prepare_role_model
 # float32 one for each 256 of these; 8 bits and a float32 scale for each row, which is next to nothing.
 BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 
+# DeepSpeed's defaults: gradients exchanged at a time, and trained weights that stage 3 steps at a time.
+ZERO_BUCKET, ZERO3_GROUP = 5e8, 1e9
+
 
 @dataclass
 class Shape:
@@ -247,6 +250,60 @@ def sharded_bytes(roles: Roles, optim: str, half: bool, num_processes: int) -> d
     models = [roles.model.get_submodule(role) for role in ROLES] if not roles.shared else [roles.model]
     sizes = [sum(p.numel() * (2 if half else p.element_size()) for p in model.parameters()) for model in models]
     return {name: number / num_processes for name, number in shared.items()} | {"gathered for sampling": max(sizes)}
+
+
+def zero_bytes(
+    roles: Roles, optim: str, half: bool, stage: int, num_processes: int, quantized: float | None = None
+) -> dict[str, float]:
+    """
+    Bytes of weights, gradients and optimizer states on each device under DeepSpeed's ZeRO [1], which spreads what the
+    optimizer keeps, from stage 2 gradients too, and in stage 3 weights. Weights and gradients have the precision of
+    layers; the optimizer keeps a float32 copy of the weights that it trains, and makes one of their gradients, of a
+    group of weights at a time.
+
+    Args:
+        roles ([`~roles.Roles`]):
+            Both roles, without storage; all their weights take the precision of layers.
+        optim (`str`):
+            Optimizer, see [`training_bytes`].
+        half (`bool`):
+            Whether layers compute in half precision.
+        stage (`int`):
+            Stage, from 1 to 3.
+        num_processes (`int`):
+            Processes.
+        quantized (`float`, *optional*):
+            Bytes per weight of a quantized base, which stays whole.
+
+    Returns:
+        `dict[str, float]`: as of [`weight_bytes`] and [`training_bytes`], and in stage 3 `"gathered for sampling"`:
+        all weights of the larger role, or of the base that both share.
+
+    References:
+        [1] Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020,
+            https://huggingface.co/papers/1910.02054
+    """
+    trained = {role: sum(p.numel() for _, p in roles.named_parameters(role)) for role in roles.trained}
+    for parameter in roles.model.parameters():
+        parameter.data = parameter.data.float()
+    states = training_bytes(roles, optim)["optimizer"] + 4 * sum(trained.values())
+    itemsize = 2 if half else 4
+    for parameter in roles.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
+    gradients = itemsize * sum(trained.values())
+    group = max(trained.values()) / num_processes
+    memory = weight_bytes(roles, quantized)
+    if stage == 3:
+        models = [roles.model.get_submodule(role) for role in ROLES] if not roles.shared else [roles.model]
+        sizes = [sum(itemsize * p.numel() for p in model.parameters()) for model in models]
+        memory = {name: number / num_processes for name, number in memory.items()}
+        memory["gathered for sampling"] = max(sizes)
+        group = min(group, ZERO3_GROUP)
+    return memory | {
+        "gradients": gradients / (num_processes if stage > 1 else 1) + 4 * group,
+        "buckets": itemsize * min(ZERO_BUCKET, sum(trained.values())),
+        "optimizer": states / num_processes,
+    }
 
 
 def autocast_bytes(roles: Roles, quantized: float | None = None) -> float:

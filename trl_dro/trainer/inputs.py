@@ -25,7 +25,7 @@ from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, 
 from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
-from .sharding import refuse_engines
+from .sharding import load_whole, refuse_engines
 
 
 logger = logging.getLogger(__name__)
@@ -268,6 +268,7 @@ def load_roles(
         `ValueError`: models and `peft_config` do not go together, see [`~roles.prepare_role_model`].
     """
     set_seed(args.seed)
+    load_whole()
     role_model = prepare_role_model(
         load_model(model, args, quantization_config, generator_revision(args)),
         None if selector_model is None else load_model(selector_model, args, quantization_config),

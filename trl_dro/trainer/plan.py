@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
@@ -171,7 +171,7 @@ def make_plan(
     num_questions: int | None,
     num_eval: int,
     num_processes: int,
-    sharded: bool = False,
+    engine: str = "data parallel",
 ) -> Plan:
     """
     The plan of a run.
@@ -189,8 +189,8 @@ def make_plan(
             Evaluation questions.
         num_processes (`int`):
             Processes, each on a device of its own.
-        sharded (`bool`, *optional*, defaults to `False`):
-            Whether FSDP2 spreads the weights over them.
+        engine (`str`, *optional*, defaults to `"data parallel"`):
+            How they share the work, see [`~sharding.engine_name`].
 
     Returns:
         [`Plan`]
@@ -200,48 +200,21 @@ def make_plan(
         models.config, models.selector_config, models.peft_config, models.dtype, trained, args.trust_remote_code
     )
     shapes = cost.role_shapes(roles)
-    full = models.peft_config is None
+    largest = _work(args, lengths, lengths.selector_prompt[1], lengths.generator_row[1])
+    mean = _work(args, lengths, lengths.selector_prompt[0], lengths.generator_row[0])
+    memory = _memory(models, args, roles, shapes, largest, num_processes, engine)
+
     batch = args.per_device_train_batch_size
-    once = args.steps_per_estimation == args.maximization_epochs == 1 and args.negligible_weight == 0
-
-    def work(prompt: float, row: float) -> cost.Work:
-        return cost.Work(
-            round(prompt),
-            lengths.permutation,
-            round(row),
-            lengths.answer,
-            args.num_permutations,
-            bool(args.gradient_checkpointing),
-            once,
-            separate_choices=args.num_selected if args.shared_prefix == "never" else 0,
-            scored_documents=args.max_candidates if args.selector_form == "query_likelihood" else 0,
-        )
-
-    largest = work(lengths.selector_prompt[1], lengths.generator_row[1])
-    mean = work(lengths.selector_prompt[0], lengths.generator_row[0])
-    memory = _memory(models, args, roles, shapes, largest, num_processes, sharded)
-
-    parameters = cost.role_parameters(roles)
     per_update = batch * num_processes * args.gradient_accumulation_steps
-    equivalents = {
-        role: cost.forward_equivalents(role, mean, role in trained, full and role in trained) for role in ROLES
-    }
-    rows_apart = mean.scored_documents or (args.num_permutations if mean.separate_choices else 1)
-    together = mean.tokens("selector") // rows_apart
-    row_lengths: dict[Role, int] = {"selector": together, "generator": mean.generator_row}
-    flops_per_question = sum(
-        equivalents[role] * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role]) for role in ROLES
-    )
+    flops_per_question = _flops_per_question(args, roles, shapes, mean)
     per_update_tokens = per_update * sum(mean.tokens(role) for role in ROLES)
+    shared = "" if engine == "data parallel" else f" under {engine}"
     rows = [
         ("models", _describe_models(models)),
-        ("trained", f"{' and '.join(trained)}, {'full models' if full else 'as adapters'}"),
+        ("trained", f"{' and '.join(trained)}, {'full models' if models.peft_config is None else 'as adapters'}"),
         ("selector", f"prompts of {_range(lengths.selector_prompt)} tokens, {lengths.counted}"),
         ("generator", f"prompts with answers of {_range(lengths.generator_row)} tokens, {lengths.counted}"),
-        (
-            "processes",
-            f"{num_processes}{', sharded by FSDP2' if sharded else ''}, {batch} questions at a time on each",
-        ),
+        ("processes", f"{num_processes}{shared}, {batch} questions at a time on each"),
         (
             "update",
             f"{per_update:,} questions, {args.num_permutations} permutations each: {per_update_tokens:,} tokens",
@@ -263,6 +236,38 @@ def make_plan(
     return Plan(rows, memory, flops)
 
 
+def _work(args: DROConfig, lengths: Lengths, prompt: float, row: float) -> cost.Work:
+    """Work of a question whose prompts have these many tokens."""
+    return cost.Work(
+        round(prompt),
+        lengths.permutation,
+        round(row),
+        lengths.answer,
+        args.num_permutations,
+        bool(args.gradient_checkpointing),
+        args.steps_per_estimation == args.maximization_epochs == 1 and args.negligible_weight == 0,
+        separate_choices=args.num_selected if args.shared_prefix == "never" else 0,
+        scored_documents=args.max_candidates if args.selector_form == "query_likelihood" else 0,
+    )
+
+
+def _flops_per_question(args: DROConfig, roles: Roles, shapes: dict[Role, cost.Shape], mean: cost.Work) -> float:
+    """Operations of both roles over a question of usual length, E-step and M-step."""
+    parameters = cost.role_parameters(roles)
+    rows_apart = mean.scored_documents or (args.num_permutations if mean.separate_choices else 1)
+    row_lengths: dict[Role, int] = {
+        "selector": mean.tokens("selector") // rows_apart,
+        "generator": mean.generator_row,
+    }
+    total = 0.0
+    for role in ROLES:
+        trained = role in roles.trained
+        full = not isinstance(roles.module(role), PeftModel)
+        equivalents = cost.forward_equivalents(role, mean, trained, full and trained)
+        total += equivalents * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role])
+    return total
+
+
 def _memory(
     models: Models,
     args: DROConfig,
@@ -270,7 +275,7 @@ def _memory(
     shapes: dict[Role, cost.Shape],
     largest: cost.Work,
     num_processes: int,
-    sharded: bool,
+    engine: str,
 ) -> dict[str, float]:
     """Bytes on each device by what they are for, when questions as long as the longest are computed together."""
     together = args.per_device_train_batch_size
@@ -280,8 +285,10 @@ def _memory(
     trained = roles.trained
     optim = str(getattr(args.optim, "value", args.optim))
     memory: dict[str, float]
-    if sharded:
+    if engine == "FSDP2":
         memory = cost.sharded_bytes(roles, optim, half, num_processes)
+    elif engine.startswith("ZeRO"):
+        memory = cost.zero_bytes(roles, optim, half, int(engine[-1]), num_processes, models.quantized)
     else:
         memory = {
             **cost.weight_bytes(roles, models.quantized),
@@ -295,6 +302,7 @@ def _memory(
         for role in trained
     }
     cache = cost.cache_bytes(shapes["selector"], together * largest.tokens("selector"), itemsize)
+    sharded = engine in ("FSDP2", "ZeRO-3")
     kept = not (args.gradient_checkpointing or largest.scored_documents or sharded)
     if kept and largest.estimates_serve_once and len(trained) == 2:
         # The selector's graph is held while the generator's is built.
@@ -304,7 +312,7 @@ def _memory(
         peak = max(steps.values(), key=lambda step: sum(step.values()))
         memory |= peak if sum(peak.values()) > cache else {"activations": float(cache)}
 
-    if half and not sharded:  # FSDP gathers weights in half precision
+    if half and engine == "data parallel":  # others compute with weights in half precision
         memory["autocast copies"] = cost.autocast_bytes(roles, models.quantized)
     return memory
 

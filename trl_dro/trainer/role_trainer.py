@@ -16,7 +16,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -36,7 +35,7 @@ from .dro_config import DROConfig
 from .log_history import LogHistory
 from .logs import RunningMeans
 from .run import Identity, RunTrainer
-from .sharding import FSDP2, DataParallel, engine_of, fill
+from .sharding import FSDP2, DataParallel, ZeRO, engine_of
 
 
 logger = get_logger(__name__)
@@ -102,20 +101,21 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         self.engine = engine_of(self.accelerator, self.roles)
 
     def _shard(self) -> None:
-        """Shards the model, as training does, for an evaluation before it."""
-        if self.engine.lockstep:
+        """Before training FSDP2 shards what is evaluated, and Trainer leaves a model of DeepSpeed's where it lies."""
+        if isinstance(self.engine, ZeRO) and self.model_wrapped is self.model:
+            self.model.to(self.args.device)
+        if isinstance(self.engine, FSDP2):
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
 
     def _check_rows(self, rag: RAGModel) -> None:
         """
-        See [`~self_check.check_rows`]. Weights that are about to be sharded are checked where they were loaded, by the
-        first process, which alone has them under `cpu_ram_efficient_loading`; the others do as it finds.
+        See [`~self_check.check_rows`]. Weights that are yet to be sharded are checked where they were loaded, by the
+        first process, which alone has them under FSDP's `cpu_ram_efficient_loading`; the others do as it finds.
         """
         device, found = rag.device, [self.roles.separate]
-        if self.engine.lockstep:
-            rag.device = next(self.model.parameters()).device
+        rag.device = next(self.model.parameters()).device
         if self.accelerator.is_main_process or not self.engine.lockstep:
             check_rows(rag, self.args.shared_prefix, noiseless=self.args.disable_dropout)
         rag.device = device
@@ -291,8 +291,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
             module = self.roles.module(role)
             if isinstance(module, PeftModel):
                 base: Any = module.get_base_model()
-                weight = base.get_input_embeddings().weight.detach()
-                weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).flatten()
+                weight = self.engine.full(base.get_input_embeddings().weight).flatten()
                 samples.append(weight[:: max(1, len(weight) // 1000)].bfloat16().float().tolist())
         return content_key(samples)
 
@@ -432,7 +431,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         card.save(Path(self.args.output_dir) / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.roles.load(resume_from_checkpoint, fill if self.engine.lockstep else None)
+        self.engine.load(resume_from_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not isinstance(self.engine, FSDP2):
@@ -445,4 +444,4 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best roles from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
-        self.roles.load(self.state.best_model_checkpoint, fill if self.engine.lockstep else None)
+        self.engine.load(self.state.best_model_checkpoint)

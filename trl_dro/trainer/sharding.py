@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """How processes share the work of training: plain data parallelism, where each holds all weights; FSDP2, where each
-holds a part of every weight; or DeepSpeed's ZeRO, where each holds a part of the optimizer's states (stage 1) and of
-the gradients (stage 2). The one file that knows engines.
+holds a part of every weight; or DeepSpeed's ZeRO, where each holds a part of the optimizer's states (stage 1), of the
+gradients (stage 2) and of the weights (stage 3). The one file that knows engines.
 
 Where weights are sharded, all processes must go through the model together. Without gradients their numbers of
 forwards differ, by the length of what they write say: there the weights of a role are gathered first. With gradients
@@ -10,9 +10,11 @@ left: the M-step never goes on from the E-step's forward.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
+from .._trl_compat import add_hooks, remove_hooks
 from ..model.roles import ROLES, Role, Roles, is_quantized
 from .schedule import QuestionBatch
 
@@ -81,12 +85,48 @@ class DataParallel:
         """Norm of all gradients, by the roles', where the optimizer's step clips them; `None` where Trainer does."""
         return None
 
+    def full(self, weight: Tensor) -> Tensor:
+        """All of a weight of the model, detached."""
+        return weight.detach()
+
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Weights to be saved, where the model itself cannot give them; empty but in the first process."""
         return None
 
+    def load(self, folder: str | Path) -> None:
+        """Reads both roles from a folder, see [`~roles.Roles.load`]."""
+        self.roles.load(folder)
 
-class FSDP2(DataParallel):
+
+class Sharded(DataParallel):
+    """Processes that hold a part of every weight each, and go through the model together."""
+
+    lockstep = True
+
+    def any(self, flag: bool) -> bool:
+        return self._most(int(flag)) > 0
+
+    def level(self, parts: list[QuestionBatch]) -> list[QuestionBatch]:
+        """Parts, and as many more, of a question that does not count, as make them those of any other process."""
+        stand_in = QuestionBatch(parts[0].rows[:1], [False])
+        return parts + [stand_in] * (self._most(len(parts)) - len(parts))
+
+    def _most(self, number: int) -> int:
+        mine = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parameters = dict(self.roles.model.named_parameters(remove_duplicate=False))
+        kept = {}
+        for name, weight in state.items():
+            # One after the other: no device ever holds more than one weight that is whole.
+            full = self.full(parameters.get(name, weight))
+            if self.accelerator.is_main_process:
+                kept[name] = full.cpu()
+        return kept
+
+
+class FSDP2(Sharded):
     """
     Weights, gradients and optimizer states sharded by `torch.distributed.fsdp.fully_shard`, as accelerate applies it.
 
@@ -98,7 +138,6 @@ class FSDP2(DataParallel):
     """
 
     name = "FSDP2"
-    lockstep = True
 
     def __init__(self, accelerator: Accelerator, roles: Roles):
         super().__init__(accelerator, roles)
@@ -155,30 +194,15 @@ class FSDP2(DataParallel):
     def synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def any(self, flag: bool) -> bool:
-        return self._most(int(flag)) > 0
-
-    def level(self, parts: list[QuestionBatch]) -> list[QuestionBatch]:
-        """Parts, and as many more, of a question that does not count, as make them those of any other process."""
-        stand_in = QuestionBatch(parts[0].rows[:1], [False])
-        return parts + [stand_in] * (self._most(len(parts)) - len(parts))
-
-    def _most(self, number: int) -> int:
-        mine = torch.tensor([number], device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max())
-
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         norm: Any = super().norm(parameters)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {}
-        for name, weight in state.items():
-            # One after the other: no device ever holds more than one weight that is whole.
-            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            if self.accelerator.is_main_process:
-                kept[name] = full.detach().cpu()
-        return kept
+    def full(self, weight: Tensor) -> Tensor:
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
+
+    def load(self, folder: str | Path) -> None:
+        self.roles.load(folder, fill)
 
     def save_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
         """Writes the optimizer's state, which any number of processes can read."""
@@ -243,13 +267,83 @@ class ZeRO(DataParallel):
         if not self._left_out:
             self._deepspeed.step()
             return
-        # As its own optimizer does where fp16 overflows.
         self._left_out = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops an update's gradients, as its own optimizer does where fp16 overflows."""
         optimizer = self._deepspeed.optimizer
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
         optimizer.micro_step_id = -1
+
+
+class ZeRO3(Sharded, ZeRO):
+    """
+    Weights, gradients and optimizer states spread over processes by DeepSpeed, as accelerate applies it.
+
+    DeepSpeed empties no buffer of gradients: in an update's first backward, and in no other, what comes overwrites
+    what is left of the update before. With two backwards the second role's gradients would be added to old ones. Here
+    all are added, and the buffer is emptied with the step.
+    """
+
+    def __init__(self, accelerator: Accelerator, roles: Roles):
+        super().__init__(accelerator, roles)
+        self._held: set[Role] = set()  # roles whose weights an outer call gathered
+        load_whole()
+
+    @contextlib.contextmanager
+    def gathered(self, *roles: Role) -> Iterator[None]:
+        # Before the model is prepared each process has all.
+        if self._deepspeed is None or self._held.issuperset(roles):
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        model, held = self.roles.model, self._held
+        modules = [model] if self.roles.shared else [model.get_submodule(role) for role in roles]
+        with GatheredParameters([parameter for module in modules for parameter in module.parameters()]):
+            # They would gather weights, all processes at once, and let go of them layer by layer.
+            remove_hooks(self._deepspeed)
+            self._held = held.union(ROLES if self.roles.shared else roles)
+            try:
+                yield
+            finally:
+                self._held = held
+                add_hooks(self._deepspeed)
+
+    def backward(self, loss: Tensor) -> None:
+        self._deepspeed.optimizer.micro_step_id = 1  # of zero it would overwrite
+        super().backward(loss)
+
+    def full(self, weight: Tensor) -> Tensor:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(weight):
+            return weight.detach().clone()
+
+    def load(self, folder: str | Path) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        weights = [parameter for role in ROLES for _, parameter in self.roles.named_parameters(role)]
+        with GatheredParameters(weights, modifier_rank=0):
+            super().load(folder)
+
+    def _step(self) -> None:
+        super()._step()
+        self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def _forget(self) -> None:
+        self._deepspeed.optimizer.zero_grad()
+
+
+def load_whole() -> None:
+    """
+    Has transformers load all of a model in each process under ZeRO-3 too, where it would load parts: DeepSpeed makes
+    these when it is given the model, and until then it can be copied, checked and asked.
+    """
+    unset_hf_deepspeed_config()
 
 
 def _nothing() -> None:
@@ -278,7 +372,7 @@ def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
             Both roles.
 
     Returns:
-        [`DataParallel`], [`FSDP2`] or [`ZeRO`]
+        [`DataParallel`], [`FSDP2`], [`ZeRO`] or [`ZeRO3`]
 
     Raises:
         `ValueError`: it is another engine, or one with settings under which two roles cannot be trained.
@@ -287,7 +381,10 @@ def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
     if kind == "DEEPSPEED":
         zero: Any = accelerator.state.deepspeed_plugin
         _refuse_zero(zero.zero_stage, zero.hf_ds_config.is_offload())
-        return ZeRO(accelerator, roles)
+        if zero.zero_stage != 3:
+            return ZeRO(accelerator, roles)
+        _refuse_quantized(roles, "ZeRO-3")
+        return ZeRO3(accelerator, roles)
     if kind == "MEGATRON_LM":
         raise ValueError(f"Megatron-LM does not know two roles: use {_FSDP2_RECIPE}")
     if kind != "FSDP":
@@ -300,13 +397,17 @@ def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
             "FSDP's own activation checkpointing wraps layers, so that a role's weights lose their names: set "
             "fsdp_activation_checkpointing to false, and gradient_checkpointing=True in the training arguments"
         )
+    _refuse_quantized(roles, FSDP2.name)
+    return FSDP2(accelerator, roles)
+
+
+def _refuse_quantized(roles: Roles, engine: str) -> None:
     for role in ROLES:
         if is_quantized(roles.module(role)):
             raise ValueError(
-                f"the {role}'s base is quantized, which FSDP2 does not shard here: use plain data parallelism, e.g. "
-                "recipes/accelerate/two_gpus.yaml, or leave out load_in_4bit and shard the base in bfloat16"
+                f"the {role}'s base is quantized, which {engine} does not shard here: use plain data parallelism, "
+                "e.g. recipes/accelerate/two_gpus.yaml, or leave out load_in_4bit and shard the base in bfloat16"
             )
-    return FSDP2(accelerator, roles)
 
 
 _FSDP2_RECIPE = "FSDP2, e.g. accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
@@ -318,10 +419,10 @@ _NO_FSDP1 = (
 
 def _refuse_zero(stage: int, offloads: bool = False) -> None:
     """Raises `ValueError` for what DeepSpeed is not used for here."""
-    if stage not in (1, 2):
+    if stage not in (1, 2, 3):
         raise ValueError(
-            f"DeepSpeed's ZeRO stage {stage} is not supported for two roles: to shard the weights too use "
-            f"{_FSDP2_RECIPE}; stages 1 and 2 are, e.g. recipes/accelerate/zero2.yaml"
+            f"DeepSpeed's ZeRO stage {stage} spreads nothing: use stages 1 to 3, e.g. recipes/accelerate/zero2.yaml, "
+            f"or {_FSDP2_RECIPE}"
         )
     if offloads:
         raise ValueError(
@@ -336,11 +437,10 @@ def refuse_engines(args: TrainingArguments) -> None:
     and by what `accelerate launch` says in the environment, as a config of its own sets no argument.
     """
     if args.deepspeed:
-        _refuse_zero(args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0))
+        _refuse_zero(_stage(args.hf_deepspeed_config.config))
     elif _is_true("ACCELERATE_USE_DEEPSPEED"):
         devices = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-        _refuse_zero(stage, any(device not in (None, "none") for device in devices))
+        _refuse_zero(_launched_stage(), any(device not in (None, "none") for device in devices))
     if args.fsdp_plugin_args is not None:
         if args.fsdp_plugin_args["fsdp_version"] != 2:
             raise ValueError(_NO_FSDP1)
@@ -352,10 +452,38 @@ def _is_true(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def shards(accelerate_config: str | None, args: TrainingArguments) -> bool:
-    """Whether a run will be sharded: by its arguments, the launcher's environment, or a config file of accelerate."""
+def engine_name(accelerate_config: str | None, args: TrainingArguments) -> str:
+    """
+    `"data parallel"`, `"FSDP2"` or `"ZeRO-"` with its stage: what a run will be under, by its arguments, the
+    launcher's environment, or a config file of accelerate.
+    """
     if args.fsdp_plugin_args is not None or _is_true("ACCELERATE_USE_FSDP"):
-        return True
-    if accelerate_config is None:
-        return False
-    return load_config_from_file(accelerate_config).distributed_type == "FSDP"
+        return FSDP2.name
+    stage = None
+    if args.deepspeed:
+        stage = _stage(args.hf_deepspeed_config.config)
+    elif _is_true("ACCELERATE_USE_DEEPSPEED"):
+        stage = _launched_stage()
+    elif accelerate_config is not None:
+        config: Any = load_config_from_file(accelerate_config)
+        if config.distributed_type == "FSDP":
+            return FSDP2.name
+        if config.distributed_type == "DEEPSPEED":
+            file = config.deepspeed_config.get("deepspeed_config_file")
+            stage = config.deepspeed_config.get("zero_stage", 2) if file is None else _stage_in(file)
+    return DataParallel.name if stage is None else f"ZeRO-{stage}"
+
+
+def _launched_stage() -> int:
+    """Stage that `accelerate launch` was told, by a file of DeepSpeed's or of its own."""
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return _stage_in(file)
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+
+
+def _stage_in(file: str) -> int:
+    return _stage(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _stage(config: Mapping[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
