@@ -35,7 +35,7 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: .venv/.installed
-	set -e; for script in $(filter-out $(addprefix benchmarks/,flex% learning% real_models% memory% pointers% query%), \
+	set -e; for script in $(filter-out $(addprefix benchmarks/,flex% learning% real_models% memory% pointers% query% services%), \
 		$(wildcard benchmarks/*.py)) "benchmarks/learning.py --quick" "benchmarks/real_models.py --quick" \
 		"benchmarks/memory.py --quick" "benchmarks/pointers.py --quick" "benchmarks/query_likelihood.py --quick"; do \
 		echo "== $$script"; $(BIN)/python $$script; done

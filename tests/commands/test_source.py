@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import pytest
 
-from trl_dro.commands.cli import COMMANDS, make_parser
+from trl_dro.commands.cli import COMMANDS, make_parser, module_name
 from trl_dro.commands.source import Source, UnreadableError, read
 
 
@@ -25,7 +25,7 @@ def settings(parser):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_settings_read_from_source_are_those_of_the_real_parser(name):
-    by_source, real = make_parser(name, read(f"trl_dro.commands.{name}")), make_parser(name)
+    by_source, real = make_parser(name, read(module_name(name))), make_parser(name)
     assert settings(by_source) == settings(real)
     assert by_source.format_help(everything=True) == real.format_help(everything=True)
     assert by_source.format_help() == real.format_help()

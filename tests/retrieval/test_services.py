@@ -3,6 +3,8 @@
 
 import http.server
 import json
+import math
+import operator
 import sys
 import threading
 
@@ -195,6 +197,46 @@ def test_retrievers_of_langchain_are_asked_and_named_by_a_function(monkeypatch):
     [ranking] = retriever.search(["who is number 3"], k=2)
     assert ranking[0] == {"text": DOCUMENTS[3]["text"], "id": "p3", "title": "number 3", "score": 0.5}
     assert [document["id"] for document in ranking] == ["p3", "p0"]
+
+
+def test_pgvector_through_langchain_finds_what_the_same_vectors_give_also_when_it_was_gone():
+    pytest.importorskip("langchain_core", reason="needs langchain-core")
+    from .postgres import PgvectorRetriever, running_server, what_is_missing
+
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    with running_server() as server:
+        server.fill(DOCUMENTS, [document["vector"] for document in DOCUMENTS])
+        found = PgvectorRetriever(where=server.where, encode=nearest, k=3)
+        retriever = FrameworkRetriever(found, "passages of a test", attempts=2, pause=0.01)
+        rankings = retriever.search(QUERIES[:8], k=3)
+
+        def cosine(query, vector):
+            [mine] = nearest([query])
+            return sum(map(operator.mul, mine, vector)) / (math.hypot(*mine) * math.hypot(*vector))
+
+        for query, ranking in zip(QUERIES, rankings, strict=False):
+            best = sorted(DOCUMENTS, key=lambda d: -cosine(query, d["vector"]))[:3]
+            assert [document["id"] for document in ranking] == [d["id"] for d in best]
+            assert ranking[0]["score"] == pytest.approx(1.0) and ranking[0]["title"] == best[0]["title"]
+        server.stop()
+        with pytest.raises(DatasetError, match="does not answer .* what was found so far is kept") as error:
+            retriever.search(QUERIES[:1], k=3)
+        assert "\n" not in str(error.value)
+        server.start()
+        assert retriever.search(QUERIES[:8], k=3) == rankings
+
+
+def test_mistakes_of_a_retriever_are_not_taken_for_a_service_that_is_gone():
+    pytest.importorskip("langchain_core", reason="needs langchain-core")
+    from langchain_core.retrievers import BaseRetriever
+
+    class Broken(BaseRetriever):
+        def _get_relevant_documents(self, query, *, run_manager):
+            raise KeyError(query)
+
+    with pytest.raises(KeyError):
+        FrameworkRetriever(Broken(), "broken").search(["who"], k=1)
 
 
 def test_retrievers_of_llama_index_are_asked():

@@ -46,6 +46,7 @@ COMMANDS = {
     "evaluate": Command("EvaluationArguments", "evaluate", "model"),
     "predict": Command("PredictArguments", "predict", "model"),
     "serve": Command("ServeArguments", "serve", "model"),
+    "write-back": Command("WriteBackArguments", "write_back", "predictions"),
     "report": Command("ReportArguments", "report", "run"),
     "env": Command("EnvironmentArguments", "print_environment"),
 }
@@ -135,7 +136,7 @@ def print_commands() -> None:
     """Prints what each command does."""
     print(f"{USAGE}\n")
     for name in COMMANDS:
-        summary = str(read(f"trl_dro.commands.{name}")["__doc__"]).partition("\n")[0].partition(": ")[2]
+        summary = str(read(module_name(name))["__doc__"]).partition("\n")[0].partition(": ")[2]
         print(f"  {name:12}{summary}")
     print("\ntrl-dro COMMAND --help tells its settings, trl-dro --version the version of this package.")
 
@@ -149,7 +150,7 @@ def check_usage(name: str, arguments: list[str]) -> None:
     """
     # What the source does not tell, in whichever way, the module will.
     with suppress(Exception):
-        make_parser(name, read(f"trl_dro.commands.{name}")).parse_args_and_config(arguments)
+        make_parser(name, read(module_name(name))).parse_args_and_config(arguments)
 
 
 def make_parser(name: str, names: Mapping[str, Any] | None = None) -> Parser:
@@ -160,9 +161,14 @@ def make_parser(name: str, names: Mapping[str, Any] | None = None) -> Parser:
     return Parser(types, command.first, prog=f"trl-dro {name}", description=description)
 
 
+def module_name(name: str) -> str:
+    """Full name of the module of a command."""
+    return f"trl_dro.commands.{name.replace('-', '_')}"
+
+
 def command_module(name: str) -> ModuleType:
     """The module of a command, imported."""
-    return import_module(f"trl_dro.commands.{name}")
+    return import_module(module_name(name))
 
 
 def launches(args: LaunchArguments) -> bool:

@@ -27,7 +27,8 @@ KEY_VARIABLE = "TRL_DRO_SERVICE_KEY"
 # What passes by itself: too many requests, and servers that are starting or behind one that is.
 TRANSIENT = {429, 502, 503, 504}
 QUERIES_PER_REQUEST = 64
-
+# What databases, httpx, requests, grpc and Python itself raise when nobody answers.
+UNREACHABLE = {"OperationalError", "TransportError", "RequestException", "RpcError", "ConnectionError", "TimeoutError"}
 HOW_TO_NAME = (
     "elasticsearch+http://HOST:9200/INDEX, opensearch+https://…, qdrant+http://HOST:6333/COLLECTION, "
     "qdrant+file:FOLDER/COLLECTION, or MODULE:FUNCTION that returns a retriever of LangChain or LlamaIndex"
@@ -373,8 +374,9 @@ class FrameworkRetriever(_Service):
     def _found(self, query: str) -> list[Document]:
         try:
             found = self.retriever.invoke(query) if self.is_langchain else self.retriever.retrieve(query)
-        except (ConnectionError, TimeoutError) as error:
-            raise _NotNowError(first_line(error)) from None
+        except Exception as error:
+            known = UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}
+            raise (_NotNowError(first_line(error)) if known else error) from None
         return [self._langchain(each) if self.is_langchain else self._llama_index(each) for each in found]
 
     def _langchain(self, found: Any) -> Document:
