@@ -58,7 +58,7 @@ def read_documents(path: Path) -> Iterator[tuple[str, str, Reading]]:
     Yields of each document of a file its place for error messages, what follows the file's name in its id, and itself.
 
     Args:
-        path (`Path`): file whose name ends in one of [`SUFFIXES`].
+        path (`Path`): file whose name ends in one of `SUFFIXES`.
 
     Raises:
         `DatasetError`: the file is damaged, or no UTF-8, or a row has no text where the first one has; the message
