@@ -87,7 +87,8 @@ def test_rows_of_html_tables_have_the_names_of_their_columns(tmp_path):
 PAGE = """<!DOCTYPE html><html><head><title>Hotels | Example</title><style>p {}</style></head><body>
 <header><h1>Example</h1></header><nav><ul><li><a href="/">Home</a></li></ul></nav>
 <div class="side-menu"><a href="a">Trains</a> <a href="b">Planes</a></div><div class="page">
-<article><header><h1>Hotels</h1></header><p>Book <b>ear</b>ly,<br>and cheap.</p><h2>Prices</h2>
+<article><header><h1>Hotels</h1></header><p>Book <b>ear</b>ly,<br>and cheap.</p>
+<h2>Prices<a class="headerlink" href="#p">¶</a></h2>
 <p>Low.</p><p hidden>No.</p><ul><li>One</li><li>Two</li></ul><!-- no --><div class="menu">Soup, bread and wine.</div>
 </article></div><aside>Read this too.</aside><footer>Imprint</footer><script>var x;</script></body></html>"""
 
