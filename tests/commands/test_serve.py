@@ -5,7 +5,7 @@ import sys
 import pytest
 from trl import TrlParser
 
-from trl_dro.commands.serve import ServeArguments, serve
+from trl_dro.commands.serve import ServeArguments, serve, served_name
 from trl_dro.server.limits import ServerLimits
 
 
@@ -47,3 +47,10 @@ def test_a_taken_port_is_named_before_a_model_is_looked_for():
     pytest.importorskip("fastapi", reason="needs the extra serve")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match="in use"):
         serve(ServeArguments(model="/nowhere", port=taken.getsockname()[1]))
+
+
+def test_clients_call_a_system_by_its_hub_id_or_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "llama3-dro").mkdir()
+    monkeypatch.chdir(tmp_path / "llama3-dro")
+    assert served_name(str(tmp_path / "llama3-dro")) == served_name(".") == "llama3-dro"
+    assert served_name("me/llama3-dro") == "me/llama3-dro"

@@ -139,8 +139,8 @@ def test_a_title_that_holds_the_highest_heading_is_not_followed_by_it():
 
 
 def test_rows_of_a_table_are_not_cut(tmp_path):
-    rows = [Block(f"City: C. {number}; Limit: 100 EUR.", is_row=True) for number in range(3)]  # 6 words
-    texts = [text for _, text, _ in cut_document(Reading("a", rows), words_per_passage=13)]
+    rows = [Block(f"City: Rome. Old {number}; Limit: 100.", is_row=True) for number in range(3)]  # 6 words
+    texts = [text for _, text, _ in cut_document(Reading("a", rows), words_per_passage=15)]
     assert texts == [f"{rows[0].text} {rows[1].text}", rows[2].text]
 
 
@@ -152,11 +152,18 @@ def test_passages_have_the_page_on_which_they_begin(tmp_path):
     assert rows == [*expected, ("bees.pdf#2", "Wasps sting.", 2)]
     corpus = open_corpus(tmp_path, tmp_path / "cache", show_progress=False)
     assert [passage["page"] for passage in corpus.documents([1, 0])] == [1, None]
-    assert (
-        corpus.documents([0, 1])
-        == read_corpus(tmp_path)
-        == Corpus.from_documents(read_corpus(tmp_path)).documents([0, 1])
-    )
+    passages = read_corpus(tmp_path)
+    for again in (corpus, Corpus.from_documents(passages)):
+        assert again.documents(range(len(again))) == passages and len(passages) == 3
+
+
+def test_no_passage_goes_over_the_end_of_a_page(tmp_path):
+    write_pdf(tmp_path / "bees.pdf", ["Bees fly. They", "sting. Wasps too.", "Ants walk."])
+    assert [(row["text"], row["page"]) for row in by_id(tmp_path, overlap_words=20).values()] == [
+        ("Bees fly. They sting.", 1),
+        ("Wasps too.", 2),
+        ("Ants walk.", 3),
+    ]
 
 
 def test_one_document_is_a_corpus(tmp_path):

@@ -87,7 +87,8 @@ def test_rows_of_html_tables_have_the_names_of_their_columns(tmp_path):
 PAGE = """<!DOCTYPE html><html><head><title>Hotels | Example</title><style>p {}</style></head><body>
 <header><h1>Example</h1></header><nav><ul><li><a href="/">Home</a></li></ul></nav>
 <div class="side-menu"><a href="a">Trains</a> <a href="b">Planes</a></div><div class="page">
-<article><header><h1>Hotels</h1></header><p>Book <b>ear</b>ly,<br>and cheap.</p><h2>Prices</h2>
+<article><header><h1>Hotels</h1></header><p>Book <b>ear</b>ly,<br>and cheap.</p>
+<h2>Prices<a class="headerlink" href="#p">¶</a></h2>
 <p>Low.</p><p hidden>No.</p><ul><li>One</li><li>Two</li></ul><!-- no --><div class="menu">Soup, bread and wine.</div>
 </article></div><aside>Read this too.</aside><footer>Imprint</footer><script>var x;</script></body></html>"""
 
@@ -196,10 +197,11 @@ def test_values_of_any_type_are_written_out(tmp_path):
         ("a.csv", "a,b\n", "a.csv: is empty; write the names"),
         ("a.csv", b"a,b\ncaf\xe9,2\n", "a.csv, line 2: is not UTF-8"),
         ("a.json", "[1]", "a.json, item 0: is a int, not an object"),
-        ("a.json", "[{}", "a.json: is not valid JSON"),
+        ("a.json", "[{}", "a.json: holds no array of objects"),
         ("a.json", "[]", "a.json: is empty"),
+        ("a.json", " ", "a.json: is empty"),
         ("a.json", '[{"text": "a"}, {"body": "b"}]', "a.json, item 1: has no key text, only 'body'"),
-        ("a.json", '{\n"a": 1}', "a.json, line 1: is not valid JSON"),
+        ("a.json", '{\n"a": 1}', "a.json: holds no array of objects, nor one on each line .*; write one of these"),
         ("a.docx", "no archive", "a.docx: cannot be read as a Word document .*; save it again"),
         ("a.pdf", "no PDF", "a.pdf: cannot be read as PDF .*; save it again"),
         ("a.html", "<![x]>", "a.html: cannot be read as HTML .*; save it again"),

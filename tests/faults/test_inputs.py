@@ -83,6 +83,23 @@ def test_json_that_python_cannot_read_is_a_line_of_text(tmp_path, text, message)
     assert parse_json('{"a": "\\ud83d\\ude00 \\\\ud800"}') == {"a": "😀 \\ud800"}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:40101",
+        "NCCL error: remote process exited or there was a network error\nncclRemoteError: A call failed",
+    ],
+)
+def test_a_process_that_is_lost_is_told_of_in_one_line(monkeypatch, said):
+    def alone(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(cli.command_module("env"), "print_environment", alone)
+    with pytest.raises(SystemExit) as error:
+        cli.run(["env"])
+    assert error.value.code.startswith("trl-dro env: another process is gone") and "\n" not in error.value.code
+
+
 def test_what_no_check_foresaw_ends_in_one_line_and_debug_shows_where(monkeypatch):
     def broken(*_):
         raise KeyError("unheard of")

@@ -28,8 +28,8 @@ def training(step):
 
 
 def evaluated(step, em, prefix="eval_"):
-    scores = {"em": em, "f1": em + 0.1, "recall@1": em, "recall@3": em + 0.2, "retriever_recall@1": 0.25}
-    scores |= {"retriever_recall@3": 0.35, "elbo": -7.0, "iwae_bound": -6.0 + step}
+    scores = {"em": em, "f1": em + 0.1, "contains": em + 0.15, "recall@1": em, "recall@3": em + 0.2}
+    scores |= {"retriever_recall@1": 0.25, "retriever_recall@3": 0.35, "elbo": -7.0, "iwae_bound": -6.0 + step}
     return {prefix + name: value for name, value in scores.items()} | {"epoch": 0.5, "step": step}
 
 
@@ -165,6 +165,8 @@ def test_scores_are_those_of_the_logs(run):
     cells = page.cells()
     row = cells.index("Recall@3")
     assert cells[row : row + 4] == ["Recall@3", "35.0", "40.0", "60.0"]
+    row = cells.index("contains, %") + 3  # bounds are in the columns behind
+    assert cells[row + 2 : row + 5] == ["20.0", "30.0", "35.0"]
     row = cells.index("selector's loss, nats per question")
     assert cells[row + 1 : row + 3] == ["−0.100", "−0.300"]
     # A likelihood that is not a number has no place in a table.
@@ -242,7 +244,7 @@ def test_many_evaluations_are_thinned_out_in_the_table(tmp_path):
     assert "12 of 101" in page.text
     cells = page.cells()
     start = cells.index("IWAE bound, nats") + 1
-    assert cells[start] == "0" and cells[start + 11 * 6] == "100"
+    assert cells[start] == "0" and cells[start + 11 * 7] == "100"
 
 
 def test_questions_with_line_separators_are_reported(run, results):

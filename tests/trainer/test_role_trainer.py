@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from trl_dro import DROConfig
 from trl_dro.model.roles import ROLES
+from trl_dro.trainer import run
 from trl_dro.trainer.checkpoint import find_damage
 
 from ..test_faults import LOGS, history, make_trainer, weights_of
@@ -292,6 +293,15 @@ def test_a_run_that_is_done_is_not_trained_further_when_it_resumes(tmp_path, don
     saved = load_file(tmp_path / "checkpoint-3" / "selector" / "adapter_model.safetensors")
     weights = {name.replace(".selector.", "."): p for name, p in resumed.roles.named_parameters("selector")}
     assert all(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+def test_machines_that_found_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1, **SAVE)
+    trainer.train()
+    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, "checkpoint-7 of run 0"])
+    with pytest.raises(ValueError, match="checkpoint-7 of run 0.*on a disk that all machines share") as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert "\n" not in str(error.value)
 
 
 def test_logs_are_readable_lines(tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_the_engine_of_a_run_is_known_from_arguments_launcher_or_config(monkeypa
     recipes = Path(__file__).resolve().parents[2] / "recipes/accelerate"
     names = {path.stem: engine_name(str(path), args) for path in recipes.glob("*.yaml")}
     alone = dict.fromkeys(("one_gpu", "two_gpus", "two_cpu_processes"), "data parallel")
-    assert names == alone | {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    assert names == alone | {"fsdp2": "FSDP2", "two_machines": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
     file = tmp_path / "zero1.json"
     file.write_text('{"zero_optimization": {"stage": 1}}')
     config = tmp_path / "config.yaml"

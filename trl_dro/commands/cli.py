@@ -104,6 +104,9 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
             raise
         if written := _where_written(error, parsed):
             sys.exit(f"trl-dro {name}: {one_line(error)}{written}")
+        if _LOST.search(str(error)):
+            go_on = "go on with --resume_from_checkpoint true" if name == "train" else "the same command goes on"
+            sys.exit(f"trl-dro {name}: another process is gone, look there for the reason; then {go_on}")
         sys.exit(
             f"trl-dro {name}: {UNFORESEEN} {type(error).__name__}: {one_line(error)}; --debug shows where, "
             "please report it with that"
@@ -114,6 +117,9 @@ def run(arguments: list[str], may_launch: bool = False) -> None:
 
 # What tokenizers, safetensors and torch say of a full disk, each with an error of its own.
 _SYSTEM = re.compile(r"os error \d+|iostream error|PytorchStreamWriter|inline_container")
+
+# What gloo and NCCL say of a process that they cannot reach any more.
+_LOST = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|Timed out waiting \d+ms")
 
 
 def _where_written(error: Exception, parsed: tuple[Any, ...]) -> str:

@@ -104,8 +104,12 @@ def serve(args: ServeArguments) -> None:
     for each in sockets:
         address, port = each.getsockname()[:2]
         print(f"serving on http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C stops)", flush=True)
-    # A path of this machine is nobody's business.
-    name = Path(str(args.model)).resolve().name if os.path.isdir(str(args.model)) else str(args.model)
+    name = served_name(str(args.model))
     print(f"OpenAI's clients: the same with /v1 behind it as base_url, model {name!r}", flush=True)
     app = create_app(pipe, args, hosts, api_key, name)
     uvicorn.Server(server_config(app, args)).run(sockets)
+
+
+def served_name(model: str) -> str:
+    """What OpenAI's clients call a system: by its Hub id, or its folder, whose path is nobody's business."""
+    return Path(model).resolve().name if os.path.isdir(model) else model

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -19,7 +19,7 @@ from .storage import content_key, file_key
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raised when the same documents would be cut into other passages
+VERSION = 3  # raised when the same documents would be cut into other passages
 
 
 class DocumentFolder:
@@ -40,8 +40,8 @@ class DocumentFolder:
     `Handbook > Travel > Hotels`. Rows with a `text` are documents, with `id` and `title` if they have them. Rows of
     other columns are written out, `City: Rome; Limit: 120 EUR.`, and so are those of tables within documents.
 
-    A passage ends where a sentence or a row does, and before a heading; only a sentence longer than a passage is cut.
-    DPR, which cut Wikipedia after every 100 words [1], did not look at sentences.
+    A passage ends where a sentence or a row does, with its page, and before a heading; only a sentence longer than a
+    passage is cut. DPR, which cut Wikipedia after every 100 words [1], did not look at sentences.
 
     The id of a passage is the path of its file within the folder, of rows with their `id` or number, and the passage's
     number in the document: `guide/start.md#0`. It does not change when other documents do. Files of other kinds,
@@ -120,26 +120,21 @@ class DocumentFolder:
             logger.warning("%d documents have no words and are left out, the first: %s", len(empty), empty[0])
 
 
-class _Unit(NamedTuple):
-    """What is not cut: a sentence, a row, or as much of a long one as a passage has words."""
-
-    words: list[str]
-    page: int | None
-
-
 def cut_document(
     document: Reading, words_per_passage: int = 100, overlap_words: int = 0
 ) -> Iterator[tuple[str, str, int | None]]:
     """Yields title, text, and page, if it has pages, of each passage of a document; see [`DocumentFolder`]."""
-    for title, blocks in groupby(document.blocks, lambda block: _title(document.title, block.headings)):
-        passage: list[_Unit] = []
+    for (title, page), blocks in groupby(
+        document.blocks, lambda block: (_title(document.title, block.headings), block.page)
+    ):
+        passage: list[list[str]] = []
         for unit in _units(blocks, words_per_passage):
-            if passage and _count(passage) + len(unit.words) > words_per_passage:
-                yield title, _text(passage), passage[0].page
-                passage = _end(passage, min(overlap_words, words_per_passage - len(unit.words)))
+            if passage and _count(passage) + len(unit) > words_per_passage:
+                yield title, _text(passage), page
+                passage = _end(passage, min(overlap_words, words_per_passage - len(unit)))
             passage.append(unit)
         if passage:
-            yield title, _text(passage), passage[0].page
+            yield title, _text(passage), page
 
 
 def _title(title: str, headings: Sequence[str]) -> str:
@@ -149,27 +144,28 @@ def _title(title: str, headings: Sequence[str]) -> str:
     return " > ".join([title, *headings])
 
 
-def _units(blocks: Iterator[Block], most: int) -> Iterator[_Unit]:
+def _units(blocks: Iterator[Block], most: int) -> Iterator[list[str]]:
+    """Words of what is not cut: a sentence, a row, or as much of a long one as a passage has words."""
     for block in blocks:
         is_row = block.is_row and len(block.text.split()) <= most
         for sentence in [block.text] if is_row else split_sentences(block.text):
             words = sentence.split()
             for start in range(0, len(words), most):
-                yield _Unit(words[start : start + most], block.page)
+                yield words[start : start + most]
 
 
-def _end(passage: list[_Unit], room: int) -> list[_Unit]:
+def _end(passage: list[list[str]], room: int) -> list[list[str]]:
     """The last units of a passage, as many as have no more words than `room`."""
     first = len(passage)
-    while first and len(passage[first - 1].words) <= room:
+    while first and len(passage[first - 1]) <= room:
         first -= 1
-        room -= len(passage[first].words)
+        room -= len(passage[first])
     return passage[first:]
 
 
-def _count(passage: list[_Unit]) -> int:
-    return sum(len(unit.words) for unit in passage)
+def _count(passage: list[list[str]]) -> int:
+    return sum(len(unit) for unit in passage)
 
 
-def _text(passage: list[_Unit]) -> str:
-    return " ".join(word for unit in passage for word in unit.words)
+def _text(passage: list[list[str]]) -> str:
+    return " ".join(word for unit in passage for word in unit)

@@ -58,7 +58,7 @@ def read_documents(path: Path) -> Iterator[tuple[str, str, Reading]]:
     Yields of each document of a file its place for error messages, what follows the file's name in its id, and itself.
 
     Args:
-        path (`Path`): file whose name ends in one of [`SUFFIXES`].
+        path (`Path`): file whose name ends in one of `SUFFIXES`.
 
     Raises:
         `DatasetError`: the file is damaged, or no UTF-8, or a row has no text where the first one has; the message
@@ -200,9 +200,9 @@ _BLOCKS = frozenset(
     "footer form h1 h2 h3 h4 h5 h6 header hr li main ol p pre section summary table tbody td tfoot th thead tr "
     "ul".split()
 )
-# Of no page the text, and parts of pages that are about other pages.
+# Of no page the text, and parts of pages that are about other pages, or lead to themselves (¶ of Sphinx and MkDocs).
 _NO_TEXT = "script style template title noscript iframe svg button select textarea [hidden] [aria-hidden=true]"
-_ELSEWHERE = "nav aside menu [role=navigation] [role=banner] [role=contentinfo] [role=search] [role=menu]"
+_ELSEWHERE = "nav aside menu a.headerlink [role=navigation] [role=banner] [role=contentinfo] [role=search] [role=menu]"
 _MENU = re.compile(r"(?:^|[-_])(?:nav|navbar|navigation|menu|sidebar|breadcrumbs?|footer)(?:$|[-_])", re.I)
 
 

@@ -167,22 +167,25 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
 def read_json_array(path: str | os.PathLike, show_progress: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Yields the place (`"FILE, item N"`, from 0) and the object of each item of a JSON file that holds an array of them;
-    a file that does not begin as one is read by [`read_jsonl`].
+    a file whose first line is an object is read by [`read_jsonl`].
 
     Raises:
         `DatasetError`: it cannot be read, is no JSON, is empty, or an item is no object.
     """
     name = os.fspath(path)
-    lines = read_lines(path, show_progress)
-    if not next((text for _, text in lines if text.strip()), "").lstrip().startswith("["):
-        yield from read_jsonl(path, show_progress)
-        return
+    begin = next((text.strip() for _, text in read_lines(path) if text.strip()), "{}")
     try:
-        items = parse_json("".join(text for _, text in read_lines(path)))
+        if not begin.startswith("["):
+            parse_json(begin)
+            yield from read_jsonl(path, show_progress)
+            return
+        items = parse_json("".join(text for _, text in read_lines(path, show_progress)))
     except DatasetError:
         raise
     except ValueError as error:
-        raise DatasetError(f"{name}: is not valid JSON ({error}); write an array of objects") from None
+        raise DatasetError(
+            f"{name}: holds no array of objects, nor one on each line ({error}); write one of these, or take it away"
+        ) from None
     for number, item in enumerate(items):
         if not isinstance(item, dict):
             raise DatasetError(f"{name}, item {number}: is a {type(item).__name__}, not an object; write one")

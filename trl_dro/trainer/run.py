@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
@@ -84,6 +85,7 @@ class RunTrainer(Trainer):
             earlier: dict[str, Any] = {}
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint, identity)
+                self._refuse_different_checkpoints(resume_from_checkpoint)
                 earlier = read_run(resume_from_checkpoint)
             elif writes and (others := find_checkpoints(folder)):
                 logger.warning(
@@ -146,6 +148,15 @@ class RunTrainer(Trainer):
         raise ValueError(
             f"{self.args.output_dir} has no whole checkpoint to resume from: train without resume_from_checkpoint"
         )
+
+    def _refuse_different_checkpoints(self, checkpoint: str) -> None:
+        """Machines without a disk in common may hold the checkpoints of different runs."""
+        found = sorted(set(gather_object([f"{Path(checkpoint).name} of run {read_run(checkpoint).get('run')}"])))
+        if len(found) > 1:
+            raise ValueError(
+                f"processes found different checkpoints ({', '.join(found)}): put {self.args.output_dir} on a disk "
+                "that all machines share"
+            )
 
     def _refuse_another_run(self, checkpoint: str, identity: Identity) -> None:
         before = read_run(checkpoint)
