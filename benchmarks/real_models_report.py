@@ -1,5 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Table and figure of what `real_models.py` collects, with tests over the pooled questions of all seeds."""
+"""
+Table and figure of what `real_models.py` collects. Seeds answer the same questions, so that a question is one
+observation, with the mean of its seeds: tests over the runs of all seeds would take them for independent.
+"""
 
 import itertools
 import json
@@ -46,16 +49,17 @@ def by_arm(rows: list[Row], out: Path) -> dict[str, dict[int, list[Row]]]:
     return found
 
 
-def compared(scores: list[float], baseline: list[float]) -> str:
-    """Difference of two systems on the same questions in points, its 95% interval, and p."""
-    differences = [100 * (a - b) for a, b in zip(scores, baseline, strict=True)]
+def compared(ours: list[float], baseline: list[float]) -> str:
+    """Difference of two ourss on the same questions in points, its 95% interval, and p."""
+    differences = [100 * (a - b) for a, b in zip(ours, baseline, strict=True)]
     low, high = bootstrap_interval(differences)
-    p = paired_permutation_test(scores, baseline)
+    p = paired_permutation_test(ours, baseline)
     return f"{mean(differences):+.1f} [{low:+.1f}, {high:+.1f}] p={p:.3f}"
 
 
-def pooled(questions: dict[int, list[Row]], seeds: list[int], name: str) -> list[float]:
-    return [float(row[name]) for seed in seeds for row in questions[seed]]
+def scores(questions: dict[int, list[Row]], seeds: list[int], name: str) -> list[float]:
+    """A score of every question, the mean over seeds."""
+    return [mean(float(row[name]) for row in rows) for rows in zip(*(questions[seed] for seed in seeds), strict=True)]
 
 
 def result_table(rows: list[Row], out: Path) -> Table:
@@ -74,7 +78,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
         own = [row for row in rows if row["arm"] == arm]
 
         def percent(name: str, of_seed=of_seed, seeds=seeds) -> str:
-            return f"{100 * mean(pooled(of_seed, seeds, name)):.1f}"
+            return f"{100 * mean(scores(of_seed, seeds, name)):.1f}"
 
         def against(name: str, other: str, arm=arm, of_seed=of_seed) -> str:
             """A score compared with one of `sft`, on the questions that have both."""
@@ -87,9 +91,9 @@ def result_table(rows: list[Row], out: Path) -> Table:
                 or (arm, name) == ("sft", other)
             ):
                 return ""
-            return compared(pooled(of_seed, both, name), pooled(sft, both, other))
+            return compared(scores(of_seed, both, name), scores(sft, both, other))
 
-        recall, retriever = (pooled(of_seed, seeds, f"{who}recall@{top}") for who in ("", "retriever_"))
+        recall, retriever = (scores(of_seed, seeds, f"{who}recall@{top}") for who in ("", "retriever_"))
         table.add_row(
             *(arm, str(len(seeds)), percent(system(arm, "em")), percent(system(arm, "f1")), percent("em_retriever")),
             percent("em_mixture") if "em_mixture" in next(iter(of_seed.values()))[0] else "",
@@ -102,7 +106,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
             f"{mean(row['train_seconds'] + row['eval_seconds'] for row in own) / 60:.1f}",
         )
     first = next(iter(questions.values()))
-    recalls = [f"{100 * mean(pooled(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
+    recalls = [f"{100 * mean(scores(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
     table.add_row("retriever", *[""] * 5, *recalls, *[""] * 7)
     return table
 
@@ -155,7 +159,7 @@ def result_figure(rows: list[Row], out: Path) -> plt.Figure:
         left.legend(fontsize=7)
     questions = by_arm(rows, out)
     for i, (arm, of_seed) in enumerate(questions.items()):
-        values = [100 * v for v in pooled(of_seed, sorted(of_seed), system(arm, "em"))]
+        values = [100 * v for v in scores(of_seed, sorted(of_seed), system(arm, "em"))]
         low, high = bootstrap_interval(values)
         error = [[mean(values) - low], [high - mean(values)]]
         right.bar(i, mean(values), yerr=error, capsize=3)
