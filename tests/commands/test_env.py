@@ -23,5 +23,5 @@ def test_versions_devices_and_extras_are_printed(capsys):
 
 
 def test_an_extra_is_installed_when_all_its_packages_are():
-    assert set(extra_packages("documents")) == {"beautifulsoup4", "pypdf"}
+    assert set(extra_packages("documents")) == {"beautifulsoup4", "pypdf", "python-docx"}
     assert installed("torch") == torch.__version__ and installed("no-such-package-at-all") is None
