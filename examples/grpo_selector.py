@@ -106,7 +106,6 @@ def train_dro(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: P
     if selector.base is not None:
         base = AutoModelForCausalLM.from_pretrained(generator.model, dtype="auto")
         model = load_role_adapters(base, selector.path, generator.path)
-    shown = {name: value for name, value in vars(system.config).items() if name != "min_gain"}  # no part of training
     trainer = DROTrainer(
         model,
         DROConfig(
@@ -124,7 +123,7 @@ def train_dro(system: RAGPipeline, dataset: Dataset, args: GRPOConfig, folder: P
             use_cpu=args.use_cpu,
             save_strategy="no",
             report_to="none",
-            **shown,
+            **{name: getattr(system.config, name) for name in system.config.names_in_training()},
         ),
         dataset,
         processing_class=system.rag.tokenizers["generator"],

@@ -15,14 +15,6 @@ from ..tiny_models import tiny_llama
 from ..trainer.test_dro_trainer import make_dataset
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_trainer(folder, max_answer_length=8).save_model()
-    return folder
-
-
 @pytest.fixture
 def questions(tmp_path):
     """Questions with documents in a file, and nobody knows the answers."""

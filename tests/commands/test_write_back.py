@@ -9,16 +9,6 @@ from trl_dro.commands.write_back import WriteBackArguments, write_back
 from trl_dro.data import DatasetError
 from trl_dro.system.pipeline import RAGPipeline
 
-from ..test_faults import make_trainer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_trainer(folder, max_answer_length=8).save_model()
-    return folder
-
 
 @pytest.fixture
 def corpus(tmp_path):

@@ -30,8 +30,6 @@ SERVICE_HELP = (
 )
 DENSE_MODEL_HELP = "sentence-transformers model that encodes questions for a service that searches vectors."
 
-MIN_GAIN_HELP = "Nats by which documents must make an answer likelier, or it is marked as abstained from."
-ANSWER_PERMUTATIONS_HELP = "Answer from so many permutations, and take the answer with the most probability over all."
 
 # What every `--corpus` reads, see [`~data.corpus.open_corpus`].
 CORPUS_HELP = (
@@ -188,7 +186,34 @@ class LoadArguments:
 
 
 @dataclass(kw_only=True)
-class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
+class AnswerArguments(LoadArguments):
+    """
+    How a system answers, where that is not as its `rag_config.json` says; see also [`LoadArguments`].
+
+    Args:
+        answer_permutations (`int`, *optional*):
+            Permutations whose answers are added up, see [`~mixture.answer_questions`].
+        min_gain (`float`, *optional*):
+            Nats by which documents must make an answer likelier, or it is marked as abstained from.
+    """
+
+    answer_permutations: int | None = field(
+        default=None,
+        metadata={"help": "Answer from so many permutations, and take the answer with the most probability over all."},
+    )
+    min_gain: float | None = field(
+        default=None,
+        metadata={"help": "Nats by which documents must make an answer likelier, or it is marked as abstained from."},
+    )
+
+    def changes(self, *names: str) -> dict[str, Any]:
+        """Fields of [`~rag_config.RAGConfig`] that are set here: these, and those of `names`."""
+        names = ("answer_permutations", "min_gain", *names)
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(kw_only=True)
+class QuestionArguments(AnswerArguments, LaunchArguments, CuttingArguments):
     """
     Questions that a system is asked, see also [`LoadArguments`], [`LaunchArguments`] and [`CuttingArguments`].
 
@@ -209,12 +234,6 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
             Ask the first ones only.
         max_candidates (`int`, *optional*):
             Candidates per question, n, instead of the trained system's.
-        answer_permutations (`int`, *optional*):
-            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
-            system's.
-        min_gain (`float`, *optional*):
-            Nats by which documents must make an answer likelier, or it is marked as abstained from, instead of what
-            the system's `rag_config.json` says, which is nothing by default.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Prompt tokens computed at a time; halved where memory runs out.
         on_error (`str`, *optional*, defaults to `"stop"`):
@@ -232,8 +251,6 @@ class QuestionArguments(LoadArguments, LaunchArguments, CuttingArguments):
     dataset_split: str | None = field(default=None, metadata={"help": "Its split."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask the first ones only."})
     max_candidates: int | None = field(default=None, metadata={"help": "Candidates per question, n."})
-    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
-    min_gain: float | None = field(default=None, metadata={"help": MIN_GAIN_HELP})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Prompt tokens computed at a time."})
     on_error: Literal["stop", "skip"] = field(
         default="stop",

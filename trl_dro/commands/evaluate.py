@@ -115,8 +115,6 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         `ValueError`: a model cannot be found, or `output_dir` holds another evaluation.
     """
     selection: Selection = cast(Selection, args.selector) if args.selector in ("retriever", "oracle") else "selector"
-    names = ("num_selected", "max_candidates", "max_answer_length", "answer_permutations", "min_gain")
-    sizes = {name: getattr(args, name) for name in names}
     # By default both roles are those of `model`. Where nothing is selected by a model, none is loaded to do so beside
     # the generator's own.
     system: dict[str, Any] = {
@@ -125,7 +123,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         "revision": args.revision,
         "base_model": args.base_model,
         "options": args.load_options(),
-        **{name: value for name, value in sizes.items() if value is not None},
+        **args.changes("num_selected", "max_candidates", "max_answer_length"),
     }
     # Questions are read, retrieved and checked once, also where several processes answer them.
     processes = Processes.of_launcher()

@@ -72,17 +72,16 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
         `DatasetError`: a question is malformed, too long, or has no documents, and `on_error` is `"stop"`, or all are.
         `ValueError`: the system cannot be found, or `output_dir` holds other answers.
     """
-    sizes = {name: getattr(args, name) for name in ("max_candidates", "answer_permutations", "min_gain")}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    changes = args.changes("max_candidates")
     options = args.load_options()
     # Questions are read, retrieved and checked once, also where several processes answer them.
     processes = Processes.of_launcher()
-    questions, asked = processes.share(lambda: _questions_and_settings(args, options, sizes))
+    questions, asked = processes.share(lambda: _questions_and_settings(args, options, changes))
     dataset = questions.dataset
 
     def work(left: list[int]) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
         pipe = RAGPipeline.from_pretrained(
-            str(args.model), args.selector, None, args.revision, args.base_model, options, **sizes
+            str(args.model), args.selector, None, args.revision, args.base_model, options, **changes
         )
         for rows, records in batches(pipe, dataset, left, args.tokens_per_batch, processes):
             asked_now, documents = ([record[name] for record in records] for name in ("question", "documents"))
@@ -99,13 +98,13 @@ def predict(args: PredictArguments) -> list[dict[str, Any]]:
 
 
 def _questions_and_settings(
-    args: PredictArguments, options: LoadOptions, sizes: dict[str, int]
+    args: PredictArguments, options: LoadOptions, changes: dict[str, Any]
 ) -> tuple[Questions, dict[str, Any]]:
     """Questions that can be asked, and what tells their answers from others."""
     questions = load_questions(args, read_open_questions)
     if (args.corpus or args.retriever) is None:
         _check_documents(questions, args.questions is not None)
-    system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **sizes)
+    system = find_system(str(args.model), args.selector, args.revision, args.base_model, options, **changes)
     find_candidates(args, questions, system.config.max_candidates)
     questions.check_lengths(system, options)
     questions.settle(args.on_error)

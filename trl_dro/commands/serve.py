@@ -9,13 +9,11 @@ from ..retrieval.services import retriever_of
 from ..server.limits import ServerLimits
 from ..system.pipeline import RAGPipeline
 from .arguments import (
-    ANSWER_PERMUTATIONS_HELP,
     CORPUS_HELP,
     DENSE_MODEL_HELP,
-    MIN_GAIN_HELP,
     SERVICE_HELP,
+    AnswerArguments,
     CuttingArguments,
-    LoadArguments,
     check_range,
 )
 
@@ -24,9 +22,9 @@ KEY_VARIABLE = "TRL_DRO_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
+class ServeArguments(ServerLimits, AnswerArguments, CuttingArguments):
     """
-    What is served, and where; see also [`LoadArguments`], [`CuttingArguments`] and [`ServerLimits`].
+    What is served, and where; see also [`AnswerArguments`], [`CuttingArguments`] and [`ServerLimits`].
 
     Args:
         corpus (`str`, *optional*):
@@ -35,12 +33,6 @@ class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
             Service that retrieves instead, see [`~retrieval.services.open_service`].
         dense_model (`str`, *optional*):
             Model that encodes questions for it, if it searches vectors.
-        answer_permutations (`int`, *optional*):
-            Permutations whose answers are added up, see [`~mixture.answer_questions`], instead of the trained
-            system's.
-        min_gain (`float`, *optional*):
-            Nats by which documents must make an answer likelier, or it is marked as abstained from, instead of what
-            the system's `rag_config.json` says, which is nothing by default.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Name or address to listen on. The default is reachable from this machine alone.
         port (`int`, *optional*, defaults to `8000`):
@@ -53,8 +45,6 @@ class ServeArguments(ServerLimits, LoadArguments, CuttingArguments):
     )
     retriever: str | None = field(default=None, metadata={"help": SERVICE_HELP})
     dense_model: str | None = field(default=None, metadata={"help": DENSE_MODEL_HELP})
-    answer_permutations: int | None = field(default=None, metadata={"help": ANSWER_PERMUTATIONS_HELP})
-    min_gain: float | None = field(default=None, metadata={"help": MIN_GAIN_HELP})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
 
@@ -88,7 +78,6 @@ def serve(args: ServeArguments) -> None:
         raise ValueError(f"{KEY_VARIABLE} is empty or holds white space: set a key without, or unset it")
     sockets = listen(args.host, args.port)
     retriever = retriever_of(args.corpus, args.retriever, args.dense_model, *args.cut())
-    set_here = {name: getattr(args, name) for name in ("answer_permutations", "min_gain")}
     pipe = RAGPipeline.from_pretrained(
         str(args.model),
         selector=args.selector,
@@ -96,7 +85,7 @@ def serve(args: ServeArguments) -> None:
         revision=args.revision,
         base_model=args.base_model,
         options=args.load_options(),
-        **{name: value for name, value in set_here.items() if value is not None},
+        **args.changes(),
     )
     hosts = loopback_names(args.host, sockets)
     if hosts is None and api_key is None:

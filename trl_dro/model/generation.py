@@ -47,19 +47,18 @@ class GreedyLogps(LogitsProcessor):
     Args:
         start (`int`):
             Length of the padded prompts.
-        ends (`list[int]`):
-            Tokens behind which nothing counts.
+        ends (`Tensor` of shape `(E,)`):
+            Tokens behind which nothing counts, on the device of the prompts.
     """
 
-    def __init__(self, start: int, ends: list[int]):
+    def __init__(self, start: int, ends: Tensor):
         self.start = start
         self.ends = ends
-        self.logps = torch.zeros(())
+        self.logps = torch.zeros((), device=ends.device)
 
     def __call__(self, input_ids, scores):
-        written = input_ids[:, self.start :]
-        over = torch.isin(written, torch.tensor(self.ends, device=written.device)).any(dim=-1)
-        self.logps = self.logps.to(scores.device) + scores.log_softmax(dim=-1).amax(dim=-1).masked_fill(over, 0.0)
+        over = torch.isin(input_ids[:, self.start :], self.ends).any(dim=-1)
+        self.logps = self.logps + scores.log_softmax(dim=-1).amax(dim=-1).masked_fill(over, 0.0)
         return scores
 
 

@@ -415,7 +415,7 @@ class RAGModel:
             watched = None
             if watch is not None:
                 watched = StoppingCriteriaList([Watched(watch, rows, texts_of, input_ids.shape[1])])
-            likelihood = GreedyLogps(input_ids.shape[1], ends)
+            likelihood = GreedyLogps(input_ids.shape[1], torch.tensor(ends, device=self.device))
             generated = model.generate(
                 input_ids=input_ids,
                 attention_mask=mask.long(),

@@ -88,7 +88,25 @@ def create_app(
 
     app = FastAPI(title="trl_dro", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _add_pages(app, worker, metrics)
+    _add_answers(app, worker, pipe, metrics)
     add_chat(app, worker, pipe, metrics, name)
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        content = error_content(request.url.path, error.detail, error.status_code)
+        return JSONResponse(content, error.status_code, error.headers)
+
+    app.add_middleware(BodyLimits, limits=limits)
+    if api_key is not None:
+        app.add_middleware(ApiKey, key=api_key, open_paths=("/", "/health", "/ready"))
+    if hosts is not None:
+        app.add_middleware(KnownHosts, hosts=hosts)
+    app.add_middleware(Measured, metrics=metrics)
+    return app
+
+
+def _add_answers(app: FastAPI, worker: Worker, pipe: RAGPipeline, metrics: Metrics) -> None:
+    """What is asked, but for OpenAI's paths."""
 
     @app.post("/answer")
     async def answer(request: Request) -> Response:
@@ -109,19 +127,6 @@ def create_app(
             )
         except Exception as error:
             return failure(error, metrics, request.url.path)
-
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
-        content = error_content(request.url.path, error.detail, error.status_code)
-        return JSONResponse(content, error.status_code, error.headers)
-
-    app.add_middleware(BodyLimits, limits=limits)
-    if api_key is not None:
-        app.add_middleware(ApiKey, key=api_key, open_paths=("/", "/health", "/ready"))
-    if hosts is not None:
-        app.add_middleware(KnownHosts, hosts=hosts)
-    app.add_middleware(Measured, metrics=metrics)
-    return app
 
 
 def _add_pages(app: FastAPI, worker: Worker, metrics: Metrics) -> None:

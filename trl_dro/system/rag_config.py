@@ -82,7 +82,12 @@ class RAGConfig:
     @classmethod
     def of_training(cls, args: Any) -> "RAGConfig":
         """The settings of a training run."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if field.name != "min_gain"})
+        return cls(**{name: getattr(args, name) for name in cls.names_in_training()})
+
+    @classmethod
+    def names_in_training(cls) -> list[str]:
+        """Fields that [`~dro_config.DROConfig`] has too: all but what can be told after training only."""
+        return [field.name for field in fields(cls) if field.name != "min_gain"]
 
     def build_codec(self, tokenizers: dict[Role, PreTrainedTokenizerBase]) -> PermutationCodec:
         """Form in which permutations are written: by the selector's tokenizer, unless it scores documents."""

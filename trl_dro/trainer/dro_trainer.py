@@ -445,7 +445,7 @@ class DROTrainer(RoleTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        Selects greedily, generates answers, and scores both: `em`, `f1`, `contains`, `recall@k` of the selector and
+        Selects and answers, and scores both: `em`, `f1`, `contains`, `recall@k` of the selector and
         the retriever, and over `num_permutations` sampled permutations `elbo`, `iwae_bound` and `loss`, which
         is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
         """
