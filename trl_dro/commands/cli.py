@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .. import __version__
-from .arguments import LaunchArguments, Parser, one_line
+from .arguments import LaunchArguments
+from .parser import Parser, one_line
 from .source import read
 
 
