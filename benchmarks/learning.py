@@ -155,6 +155,10 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
         "num_candidates": 6,
         "num_selected": 2,
     }
+    algorithm_1 = [
+        Setting("Algorithm 1", dro={"steps_per_estimation": size.updates}),
+        Setting("Algorithm 1, rws", dro={"steps_per_estimation": size.updates, "selector_estimator": "rws"}),
+    ]
     return {
         "iterations": [
             Setting("joint"),
@@ -173,6 +177,7 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("rws", dro={"selector_estimator": "rws"}),
             Setting("vimco", dro={"selector_estimator": "vimco"}),
             Setting("distinct", dro={"sampling": "distinct"}),
+            *algorithm_1,
         ],
         "estimation": [
             Setting("rws_centered"),
@@ -182,8 +187,7 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("T=0.7", dro={"temperature": 0.7}),
             Setting("T=0.7, not corrected", UncorrectedTrainer, dro={"temperature": 0.7}),
             Setting("E-step per 4 updates", dro={"steps_per_estimation": 4}),
-            Setting("Algorithm 1", dro={"steps_per_estimation": size.updates}),
-            Setting("Algorithm 1, rws", dro={"steps_per_estimation": size.updates, "selector_estimator": "rws"}),
+            *algorithm_1,
         ],
         "scoring": [
             Setting("permutations, two-hop", **two_hop),
