@@ -377,7 +377,7 @@ class Run:
         return means | {"questions": len(rows), "eval_seconds": round(time.process_time() - start, 1)}
 
     def score(self, trainer: DROTrainer, question: dict[str, Any]) -> dict[str, Any]:
-        """EM and F1 with the selector's and the retriever's documents, recall of both, bound and ESS."""
+        """EM and F1 with the selector's and the retriever's documents, recall of both and of the posterior, bound, ESS."""
         rag, s = trainer.rag, self.settings
         row: dict[str, Any] = {"id": question.get("id")}
         read = rag.read([question])  # the selector's prompt, once for all that is asked of it
@@ -413,7 +413,10 @@ class Run:
             samples = rag.sample([question], s.bound_permutations, seeds=seed, read=read, sampling=s.sampling)
             logps = rag.answer_logps([question], [question["answers"][:1]], samples.permutations)
             row["iwae_bound"] = score_bounds(logps, samples.correction, s.sampling)["iwae_bound"].item()
-            row["ess"] = effective_sample_size(importance_weights(logps, samples.correction)).item()
+            weights = importance_weights(logps, samples.correction)
+            row["ess"] = effective_sample_size(weights).item()
+            taught = [question["documents"][place - 1] for place in samples.permutations[0, weights.argmax()].tolist()]
+            row["posterior_recall"] = float(any(is_relevant(document, question) for document in taught))
         return row
 
 

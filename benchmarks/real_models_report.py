@@ -70,7 +70,7 @@ def result_table(rows: list[Row], out: Path) -> Table:
     for heading in (
         *("arm", "seeds", "EM", "F1", "EM, retriever's order", "EM, mixture", "Recall@1", f"Recall@{top}"),
         *(f"Recall@{top} against the retriever", "EM against sft", "EM, mixture, against sft"),
-        *("EM, mixture, against that of sft", "bound", "ESS", "processor min"),
+        *("EM, mixture, against that of sft", "bound", "ESS", f"Recall@{top} of the posterior", "processor min"),
     ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, of_seed in questions.items():
@@ -103,11 +103,12 @@ def result_table(rows: list[Row], out: Path) -> Table:
             against("em_mixture", system("sft", "em")),
             against("em_mixture", "em_mixture"),
             *(f"{mean(row[name] for row in own):.2f}" if name in own[0] else "" for name in ("iwae_bound", "ess")),
+            percent("posterior_recall") if "posterior_recall" in own[0] else "",
             f"{mean(row['train_seconds'] + row['eval_seconds'] for row in own) / 60:.1f}",
         )
     first = next(iter(questions.values()))
     recalls = [f"{100 * mean(scores(first, sorted(first), f'retriever_recall@{k}')):.1f}" for k in (1, top)]
-    table.add_row("retriever", *[""] * 5, *recalls, *[""] * 7)
+    table.add_row("retriever", *[""] * 5, *recalls, *[""] * 8)
     return table
 
 

@@ -37,6 +37,10 @@ def test_runs_start_from_one_warm_start_and_are_not_repeated(finished, monkeypat
     assert all(row["questions"] == 3 and 0 <= row["em"] <= 1 and row["iwae_bound"] < 0 for row in rows)
     assert len(list((finished / "runs").iterdir())) == 2
     table = (finished / "table.md").read_text()
+    # Every sample taught something: what is best after the answer is known is among the candidates' best.
+    for row in rows:
+        questions = [json.loads(line) for line in (finished / "runs" / row["run"] / "questions.jsonl").open()]
+        assert all(not each["posterior_recall"] or any(each["relevant"]) for each in questions)
     assert "EM against sft" in table and "| retriever" in table and (finished / "figure.png").stat().st_size > 5000
     monkeypatch.setattr(real_models.Run, "trained", None)  # would be an error
     real_models.main([*QUICK, "--out", str(finished), "--arms", "warm_start", "sft"])
