@@ -95,6 +95,11 @@ def test_only_the_trainer_and_the_commands_know_our_view_of_trl():
     assert knowing <= {"trainer", "commands"}
 
 
+def test_engines_are_told_apart_in_one_file():
+    knowing = {name for name in MODULES if "trl_dro.trainer.sharding" in imports(name)}
+    assert knowing == {"trl_dro.trainer.engines", "trl_dro.trainer.zero"}
+
+
 @pytest.mark.parametrize("room", WITHOUT_MODELS)
 def test_data_metrics_and_retrieval_import_no_model(room):
     inside = [name for name, its_room in ROOMS.items() if its_room == room]
