@@ -143,14 +143,14 @@ def build_model_card(
 
 
 def _eval_results(shown: Mapping[str, float], dataset_name: str | None) -> list[EvalResult]:
-    of_dataset = {"dataset_type": dataset_name or "custom", "dataset_name": dataset_name or "evaluation set"}
     return [
         EvalResult(
             task_type="question-answering",
+            dataset_type=dataset_name or "custom",
+            dataset_name=dataset_name or "evaluation set",
             metric_type=METRICS[metric][1],
             metric_name=METRICS[metric][0],
             metric_value=round(value, 2),
-            **of_dataset,
         )
         for metric, value in shown.items()
     ]
