@@ -124,7 +124,7 @@ def test_a_base_too_small_to_point_to_passages_scores_them_and_is_not_warmed_up(
     quickstart(arguments(dry_run=True, model_name_or_path=str(TINY_MODEL)))
     out = capsys.readouterr().out
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  trl-dro ")]
-    assert "warmup" not in [name for name, *_ in commands] and "its selector scores passages" in out
+    assert "warmup" not in [name for name, *_ in commands] and "the selector scores passages" in out
     _, settings, model = next(
         cli.make_parser(name).parse_args_and_config(words) for name, *words in commands if name == "train"
     )

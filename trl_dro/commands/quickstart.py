@@ -253,14 +253,14 @@ def quickstart(args: QuickstartArguments) -> None:
         num_dev = len(read_questions(questions / DEV_FILE))
         num_weights = None if args.model_name_or_path is None else count_weights(args.model_name_or_path)
         sizes = choose_sizes(len(corpus), num_train, accelerated, num_weights, args.max_steps)
+        warmup = f"{sizes.warmup_steps} updates of warm-up and " if sizes.warmup_steps else ""
         print(
             f"{num_train:,} questions to train on, {num_dev:,} held out. Chosen: {sizes.num_selected} of "
-            f"{sizes.max_candidates} passages for each, {sizes.num_permutations} permutations, "
-            f"{sizes.warmup_steps} updates of warm-up and {sizes.max_steps} of training, each of "
-            f"{sizes.batch_size * sizes.accumulation} questions."
+            f"{sizes.max_candidates} passages for each, {sizes.num_permutations} permutations, {warmup}"
+            f"{sizes.max_steps} updates of training, each of {sizes.batch_size * sizes.accumulation} questions."
         )
         if num_weights is not None and sizes.selector_form == "query_likelihood":
-            print(f"A base of {num_weights / 1e6:,.0f} million weights: its selector scores passages, unwarmed.")
+            print(f"With {num_weights / 1e6:,.0f} million weights the selector scores passages, without warm-up.")
         stages = make_stages(args, sizes, accelerated)
         for number, stage in enumerate(stages, start=1):
             if args.dry_run:
