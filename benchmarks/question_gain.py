@@ -113,9 +113,10 @@ def question_gain(pipe: RAGPipeline, question: str, passage: Document) -> float:
     return (shown - alone).item()
 
 
-def quartiles(values: Sequence[float]) -> str:
+def five_numbers(values: Sequence[float]) -> str:
+    """The least, the quartiles, the most."""
     ordered = sorted(values)
-    return ", ".join(f"{ordered[len(ordered) * k // 4]:.1f}" for k in (1, 2, 3))
+    return ", ".join(f"{ordered[min(len(ordered) * k // 4, len(ordered) - 1)]:.1f}" for k in range(5))
 
 
 def main() -> None:
@@ -143,12 +144,12 @@ def main() -> None:
     for kind, question, answer, passage in tqdm(make_pairs(facts, retriever, rng), unit="pair"):
         [of_answer] = support(question, answer, [passage])
         gains[kind].append((of_answer, question_gain(pipe, question, passage)))
-    table = Table(title="Gains in nats, quartiles", title_justify="left")
+    table = Table(title="Gains in nats: least, quartiles, most", title_justify="left")
     levels = (MIN_GAIN, 5.0, 10.0)
     for heading in ("answers", "of them", "answer", "question", *(f"both at least {level:g}" for level in levels)):
         table.add_column(heading)
     for kind, pairs in gains.items():
-        shown = (quartiles(values) for values in zip(*pairs, strict=True))
+        shown = (five_numbers(values) for values in zip(*pairs, strict=True))
         table.add_row(kind, str(len(pairs)), *shown, *(str(sum(min(p) >= level for p in pairs)) for level in levels))
     Console().print(table)
 
