@@ -15,7 +15,8 @@ PACKAGE = Path(trl_dro.__file__).parent
 
 # From the ground up: a room imports its own files and those of lower floors, and none beside it.
 FLOORS = (
-    {"data", "metrics", "model"},
+    {"data", "model"},
+    {"metrics"},
     {"retrieval"},
     {"demo", "system"},
     {"evaluation", "integrations", "server", "synthetic"},
@@ -92,6 +93,11 @@ def test_private_names_of_trl_are_imported_in_one_place():
 def test_only_the_trainer_and_the_commands_know_our_view_of_trl():
     knowing = {ROOMS.get(name) for name in MODULES if "trl_dro._trl_compat" in imports(name)}
     assert knowing <= {"trainer", "commands"}
+
+
+def test_engines_are_told_apart_in_one_file():
+    knowing = {name for name in MODULES if "trl_dro.trainer.sharding" in imports(name)}
+    assert knowing == {"trl_dro.trainer.engines", "trl_dro.trainer.zero"}
 
 
 @pytest.mark.parametrize("room", WITHOUT_MODELS)

@@ -7,6 +7,7 @@ import pytest
 from trl_dro.commands import cli
 from trl_dro.commands.quickstart import QuickstartArguments, choose_sizes, quickstart
 from trl_dro.data import DatasetError, read_questions
+from trl_dro.demo.tiny import TINY_MODEL
 
 
 NAMES = "Ada Bo Cleo Dan Eve Finn Gus Hana Ivo Jo".split()
@@ -59,6 +60,7 @@ def test_a_killed_quickstart_goes_on_at_its_stage_and_ends_with_a_system_that_ca
     executed.clear()
     out = capsys.readouterr().out
     assert "8 questions to train on, 2 held out" in out
+    assert "In % of 2 questions, by the retriever's order and by the selector: exact match" in out
     assert "2 of 10 passages" in out and "trl-dro serve out/run --corpus documents" in out
     for name in ("retriever", "dro"):
         summary = json.loads((world / "out" / "results" / name / "summary.json").read_text())
@@ -118,6 +120,18 @@ def test_both_trainings_do_the_same_with_long_answers(world, capsys):
     assert [line.split()[1] for line in lines if flags in line] == ["warmup", "train", "train"]
 
 
+def test_a_base_too_small_to_point_to_passages_scores_them_and_is_not_warmed_up(world, capsys):
+    quickstart(arguments(dry_run=True, model_name_or_path=str(TINY_MODEL)))
+    out = capsys.readouterr().out
+    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  trl-dro ")]
+    assert "warmup" not in [name for name, *_ in commands] and "the selector scores passages" in out
+    _, settings, model = next(
+        cli.make_parser(name).parse_args_and_config(words) for name, *words in commands if name == "train"
+    )
+    assert settings.selector_form == "query_likelihood" and model.use_peft
+    assert (settings.max_candidates, settings.num_selected, settings.num_permutations) == (5, 1, 5)
+
+
 def test_one_question_is_too_few(world):
     (world / "questions.jsonl").write_text('{"question": "Who?", "answers": ["Ada"]}\n')
     with pytest.raises(DatasetError, match="one question cannot be trained on and evaluated too"):
@@ -140,9 +154,11 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 @pytest.mark.parametrize("num_passages", [1, 2, 3, 6, 30, 5000])
 @pytest.mark.parametrize("num_questions", [1, 3, 9, 100, 100_000])
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_sizes_fit_whatever_there_is(num_passages, num_questions, accelerated):
-    sizes = choose_sizes(num_passages, num_questions, accelerated, tiny=False, steps=None)
+@pytest.mark.parametrize("num_weights", [None, 135_000_000, 8_000_000_000])
+def test_sizes_fit_whatever_there_is(num_passages, num_questions, accelerated, num_weights):
+    sizes = choose_sizes(num_passages, num_questions, accelerated, num_weights)
     assert 1 <= sizes.num_selected <= sizes.max_candidates <= num_passages
     assert 1 <= sizes.batch_size * sizes.accumulation <= min(8, num_questions)
-    assert 1 <= sizes.warmup_steps <= sizes.max_steps <= (2000 if accelerated else 200)
-    assert choose_sizes(num_passages, num_questions, accelerated, False, 7).max_steps == 7
+    assert sizes.warmup_steps <= sizes.max_steps <= (2000 if accelerated else 200)
+    assert (sizes.warmup_steps == 0) == (sizes.selector_form == "query_likelihood") == (num_weights == 135_000_000)
+    assert choose_sizes(num_passages, num_questions, accelerated, num_weights, 7).max_steps == 7

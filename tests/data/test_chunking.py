@@ -33,6 +33,23 @@ def test_documents_are_cut_into_passages_of_equal_length_without_loss(folder):
     assert " ".join(notes) == (folder / "notes.txt").read_text()
 
 
+def test_texts_without_spaces_are_cut_into_passages_too():
+    sentences = [
+        "青函トンネルは、本州と北海道を結ぶ鉄道トンネルである。",
+        "全長は53.85キロメートルで、1988年に開業した。",
+        "「世界で一番長い。」と言われたが、2016年に抜かれた。",
+        "工事には二十四年かかった。",
+    ]
+    document = Reading("青函", [Block("".join(sentences))])
+    passages = [text for _, text, _ in cut_document(document, words_per_passage=23)]
+    assert passages == [sentences[0], "".join(sentences[1:3]), sentences[3]]
+    overlapping = [text for _, text, _ in cut_document(document, words_per_passage=30, overlap_words=16)]
+    assert overlapping == ["".join(sentences[:2]), "".join(sentences[1:])]
+    long = "长江发源于青藏高原" * 30
+    pieces = [text for _, text, _ in cut_document(Reading("长江", [Block(long)]))]
+    assert [len(piece) for piece in pieces] == [200, 70] and "".join(pieces) == long
+
+
 def test_ids_and_titles_tell_where_a_passage_comes_from(folder):
     titles = {passage_id: row["title"] for passage_id, row in by_id(folder).items()}
     assert titles == {

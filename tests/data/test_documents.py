@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from trl_dro.data import DatasetError
-from trl_dro.data.documents import read_documents
+from trl_dro.data.documents import read_documents, without_running_lines
 
 
 NEEDS = "pip install trl_dro[documents]"
@@ -167,6 +167,21 @@ def test_pdf_tells_the_page_on_which_a_sentence_begins(tmp_path):
     ]
 
 
+def test_running_heads_and_feet_of_pages_are_left_out():
+    pages = [
+        f"Report 2024\n\nBees fly {word}.\n3 {number} 7\nPage {number} of 4" for number, word in enumerate("abcd")
+    ]
+    pages[2] = "Contents\nBees 3\n2"  # half of the pages are not most of them
+    assert without_running_lines(pages) == [
+        *("Bees fly a.\n3 0 7", "Bees fly b.\n3 1 7"),
+        "Contents\nBees 3\n2",
+        "Bees fly d.\n3 3 7",
+    ]
+    assert without_running_lines(pages[:2]) == pages[:2]
+    assert without_running_lines(["Slide 1", "Slide 2", "Slide 3"]) == ["Slide 1", "Slide 2", "Slide 3"]
+    assert without_running_lines([f"{word}\n{page}" for page, word in enumerate("abc")]) == ["a", "b", "c"]
+
+
 def test_rows_with_a_text_are_documents_of_their_own(tmp_path):
     (tmp_path / "a.csv").write_text('id,title,text\nx,Bees,"Bees, which fly."\n,,Wasps.\n')
     (tmp_path / "a.json").write_text('[{"id": "x", "title": "Bees", "text": "Bees, which fly."}, {"text": "Wasps."}]')
@@ -181,6 +196,8 @@ def test_rows_with_a_text_are_documents_of_their_own(tmp_path):
 def test_values_of_any_type_are_written_out(tmp_path):
     (tmp_path / "a.json").write_text('[{"name": "Ada", "born": 1815, "died": null, "tags": ["a"], "note": " "}]')
     assert read(tmp_path / "a.json")[1] == [("", 'name: Ada; born: 1815; tags: ["a"].')]
+    (tmp_path / "full.json").write_text('[{"name": "Ada", "note": "She counts."}]')
+    assert read(tmp_path / "full.json")[1] == [("", "name: Ada; note: She counts.")]
     (tmp_path / "lines.json").write_text('{"name": "Ada"}\n{"name": "Bo"}\n')  # many a file of lines is called so
     assert [reading.blocks[0].text for _, _, reading in read_documents(tmp_path / "lines.json")] == [
         "name: Ada.",

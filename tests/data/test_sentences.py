@@ -17,6 +17,9 @@ from trl_dro.data.sentences import split_sentences
         ["The min. price is 5 ct. a piece.", "It is low."],
         ["Die Straße ist z.B. lang.", "Ähnlich ist die zweite."],
         ["蜜蜂酿蜜。", "黄蜂不酿！"],
+        ["水車は1921年に建てられた。", "誰が建てたのか？", "今も動いている！"],
+        ["彼は「はい。」と答えた。", "彼女は黙っていた。"],  # what is quoted ends, and the sentence does not
+        ["他说：“我明天来。”", "“真的吗？”", "没有人回答。"],
     ],
 )
 def test_sentences_end_where_a_reader_ends_them(sentences):

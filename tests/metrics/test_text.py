@@ -65,6 +65,8 @@ def test_f1_is_that_of_bags_of_words(prediction, answers, score):
         ("Anything", ["the", " "], False),  # nothing is left of these
         ("The", ["a"], True),  # as exact match has it
         (" ", ["the"], False),
+        ("本州と北海道です。", ["北海道"], True),  # no spaces, and characters for words
+        ("北海の道です。", ["北海道"], False),
     ],
 )
 def test_an_answer_is_contained_word_for_word(prediction, answers, contained):
@@ -100,6 +102,12 @@ def test_f1_is_symmetric_and_bounds_exact_match():
         ("1,000 people", ["1,000"], True),
         ("1,000 people", ["1 000"], False),
         ("New York City", ["Boston", "york city"], True),
+        ("トンネルは1988年に開業した。", ["1988年"], True),
+        ("トンネルは11988年に開業した。", ["1988年"], False),  # of numbers no part
+        ("长江发源于青藏高原。", ["青藏高原"], True),
+        ("长江发源于青藏高原。", ["高青藏原"], False),
+        ("กรุงเทพเป็นเมืองหลวง", ["เมืองหลวง"], True),
+        ("서울은 수도이다", ["수도"], False),  # Korean has spaces, and words
         ("anything", [""], False),
         ("", ["", " "], False),
         ("", ["x"], False),

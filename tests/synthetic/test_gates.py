@@ -34,6 +34,35 @@ def test_texts_alone_refuse_what_nobody_could_ask_or_answer(question, answer, re
     assert refuse_by_text(Pair(question, answer), PASSAGE) == reason
 
 
+@pytest.mark.parametrize(
+    "question, answer, reason",
+    [
+        ("青函トンネルはいつ開業しましたか？", "1988年", None),
+        ("青函トンネルが結ぶのはどこですか？", "本州と北海道", None),
+        ("いつ？", "1988年", gates.FORM),
+        ("青函トンネルは1988年に開業しましたか？", "1988年", gates.GIVEN_AWAY),
+        ("青函トンネルはいつ開業しましたか？", "1989年", gates.NOT_IN_PASSAGE),
+        ("トンネルの話をしてください" * 5, "1988年", gates.FORM),
+        ("青函トンネルとは何ですか？", "本州と北海道を結び、1988年に開業した鉄道トンネル", gates.FORM),
+    ],
+)
+def test_questions_in_scripts_without_spaces_pass_the_same_gates(question, answer, reason):
+    text = "青函トンネルは本州と北海道を結び、1988年に開業した鉄道トンネルである。"
+    assert refuse_by_text(Pair(question, answer), {"text": text}) == reason
+
+
+def test_near_duplicates_are_found_in_scripts_without_spaces():
+    questions = [
+        "青函トンネルは西暦何年に開業しましたか",
+        "青函トンネルは西暦何年に開業したか",
+        "関門トンネルは西暦何年に開業しましたか",
+        "青函トンネルを掘るのに何年かかりましたか",
+        "第3回の大会は東京のどこで開かれましたか",
+        "第4回の大会は東京のどこで開かれましたか",
+    ]
+    assert near_duplicates(questions, [1.0] + [0.0] * 5) == {1: 0}
+
+
 def test_of_near_duplicates_the_one_that_is_worth_more_stays():
     questions = [
         "Who wrote the long novel Bleak House in London?",

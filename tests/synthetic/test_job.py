@@ -77,6 +77,8 @@ def test_passages_without_words_are_not_asked_about_and_some_can_be_drawn():
     assert choose_passages(short) == [0, 1, 2, 3]
     drawn = {tuple(choose_passages(short, 2, seed)) for seed in range(20)}
     assert all(len(places) == 2 and set(places) <= {0, 1, 2, 3} for places in drawn) and len(drawn) > 3
+    japanese = ["水車は古い。", "水車は1921年にエイダが一人で建てた。"]
+    assert choose_passages(Corpus.from_documents([{"id": text, "text": text} for text in japanese])) == [1]
     with pytest.raises(DatasetError, match="no passage of the corpus has 8 words"):
         choose_passages(Corpus.from_documents([{"id": "a", "text": "Too short."}]))
 

@@ -178,6 +178,11 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
     write_lines(folder / DEV_FILE, dev)
     write_json(folder / SUMMARY_FILE, summary)
     print_summary(summary, folder)
+    if not candidates:
+        raise DatasetError(
+            f"the model wrote nothing in the form of a question with its answer about {len(rows)} passages: take a "
+            "larger one"
+        )
     if not train:
         raise DatasetError(
             f"none of {len(candidates)} questions can be trained on: {folder / REFUSED_FILE} says why; take a larger "

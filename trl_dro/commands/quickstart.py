@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..data import read_questions
 from ..data.corpus import open_corpus
@@ -19,14 +20,29 @@ from ..data.lines import read_json_object
 from ..data.resumable import fingerprint, write_json
 from ..data.schema import DatasetError
 from ..data.storage import DEFAULT_CACHE_DIR, alone_in, different
+from ..model.query_likelihood import SelectorForm
 from ..system.rag_config import CONFIG_FILE, RAGConfig
 from ..trainer.inputs import LongAnswers
+from ..trainer.plan import read_config
 from .arguments import CORPUS_HELP, CuttingArguments, check_range
 from .questions import DEV_FILE, SUMMARY_FILE, TRAIN_FILE, write_lines
 
 
 SETTINGS_FILE = "quickstart.json"
 MOST_HELD_OUT = 500
+# Bases of fewer weights cannot point to a passage by its number, but tell which one a question fits: see
+# docs/experiments.md.
+LEAST_TO_POINT = 1_000_000_000
+# As in the recipes of such bases, but for a prior by ranks: in a small corpus BM25's scores can be 0.
+SCORING = {
+    "selector_form": "query_likelihood",
+    "query_likelihood_scale": 0.15,
+    "retriever_prior": 1.0,
+    "sampling": "distinct",
+    "negligible_weight": 0.05,
+    "answer_permutations": 5,
+    "use_peft": True,
+}
 
 
 @dataclass
@@ -92,7 +108,10 @@ class QuickstartArguments(CuttingArguments):
 
     def __post_init__(self):
         if self.questions is None and self.model_name_or_path is None and self.api_base is None:
-            raise ValueError("no --questions, and nobody to write some: pass --model_name_or_path or --api_base")
+            raise ValueError(
+                "no --questions, and nobody to write some: pass --questions FILE, or a model that writes them, "
+                "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct or a larger one, or --api_base"
+            )
         if self.questions is not None and self.api_base is not None:
             raise ValueError("--questions are there already: leave out --api_base")
         self.cut()
@@ -117,11 +136,13 @@ class Sizes:
         accumulation (`int`):
             Forwards in an update.
         warmup_steps (`int`):
-            Updates of the warm-up of each role.
+            Updates of the warm-up of each role; 0 for a selector that scores, which needs none.
         max_steps (`int`):
             Updates of training.
         learning_rate (`float`):
             Of both.
+        selector_form (`str`):
+            As in [`~dro_config.DROConfig`].
     """
 
     max_candidates: int
@@ -132,9 +153,16 @@ class Sizes:
     warmup_steps: int
     max_steps: int
     learning_rate: float
+    selector_form: SelectorForm
 
 
-def choose_sizes(num_passages: int, num_questions: int, accelerated: bool, tiny: bool, steps: int | None) -> Sizes:
+def choose_sizes(
+    num_passages: int,
+    num_questions: int,
+    accelerated: bool,
+    num_weights: int | None = None,
+    steps: int | None = None,
+) -> Sizes:
     """
     Sizes of a run: the paper's where there is an accelerator, and what a CPU can do in an hour or two where not.
 
@@ -145,27 +173,37 @@ def choose_sizes(num_passages: int, num_questions: int, accelerated: bool, tiny:
             Questions to train on.
         accelerated (`bool`):
             Whether there is an accelerator.
-        tiny (`bool`):
-            Whether the tiny model stands in.
+        num_weights (`int`, *optional*):
+            Weights of the base, where it is not the tiny model.
         steps (`int`, *optional*):
             Updates, if they are given.
     """
-    candidates = min(20 if accelerated else 10, num_passages)
-    selected = min(5 if accelerated else 2, max(1, candidates // 2))
+    scores = num_weights is not None and num_weights < LEAST_TO_POINT
+    on_cpu = (5, 1, 5) if scores else (10, 2, 4)
+    n, k, m = (20, 5, 8) if accelerated else on_cpu
+    candidates = min(n, num_passages)
     batch = min(4 if accelerated else 1, num_questions)
     accumulation = min(8, num_questions) // batch or 1
     an_epoch = math.ceil(num_questions / (batch * accumulation))
     most = 2000 if accelerated else 200
     return Sizes(
         candidates,
-        selected,
-        8 if accelerated else 4,
+        min(k, max(1, candidates // 2)),
+        m,
         batch,
         accumulation,
-        min(an_epoch, steps or most, most),
+        0 if scores else min(an_epoch, steps or most, most),
         steps or min(3 * an_epoch, most),
-        1e-3 if tiny else 3e-4 if not accelerated else 1e-4,
+        1e-3 if num_weights is None else 1e-4 if accelerated else 3e-4,
+        "query_likelihood" if scores else "permutation",
     )
+
+
+def count_weights(model: str) -> int:
+    """Weights of a base, by its config alone. Raises `ValueError` if there is none."""
+    config = read_config(model, None, False)
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters())
 
 
 class Stage(NamedTuple):
@@ -213,19 +251,24 @@ def quickstart(args: QuickstartArguments) -> None:
         if not (questions / DEV_FILE).read_text(encoding="utf-8").strip():
             raise DatasetError(f"{num_train} questions leave none to evaluate on: give more, or more documents")
         num_dev = len(read_questions(questions / DEV_FILE))
-        sizes = choose_sizes(len(corpus), num_train, accelerated, args.model_name_or_path is None, args.max_steps)
+        num_weights = None if args.model_name_or_path is None else count_weights(args.model_name_or_path)
+        sizes = choose_sizes(len(corpus), num_train, accelerated, num_weights, args.max_steps)
+        warmup = f"{sizes.warmup_steps} updates of warm-up and " if sizes.warmup_steps else ""
         print(
             f"{num_train:,} questions to train on, {num_dev:,} held out. Chosen: {sizes.num_selected} of "
-            f"{sizes.max_candidates} passages for each, {sizes.num_permutations} permutations, "
-            f"{sizes.warmup_steps} updates of warm-up and {sizes.max_steps} of training, each of "
-            f"{sizes.batch_size * sizes.accumulation} questions."
+            f"{sizes.max_candidates} passages for each, {sizes.num_permutations} permutations, {warmup}"
+            f"{sizes.max_steps} updates of training, each of {sizes.batch_size * sizes.accumulation} questions."
         )
+        if num_weights is not None and sizes.selector_form == "query_likelihood":
+            print(f"With {num_weights / 1e6:,.0f} million weights the selector scores passages, without warm-up.")
         stages = make_stages(args, sizes, accelerated)
         for number, stage in enumerate(stages, start=1):
             if args.dry_run:
                 print(f"[{number}/{len(stages)}] {stage.title}\n  {_shown(stage)}")
             else:
                 _run(stage, f"[{number}/{len(stages)}] ")
+    if not args.dry_run:
+        _print_gain(folder / "results")
     serve = shlex.join(["trl-dro", "serve", str(folder / "run"), "--corpus", args.corpus, *_cut_words(args)])
     when = "Afterwards this" if args.dry_run else "This"
     print(f"\n{when} answers questions over HTTP, with a page to try it:\n  {serve}")
@@ -249,7 +292,7 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
         "per_device_train_batch_size": sizes.batch_size,
         "gradient_accumulation_steps": sizes.accumulation,
         "learning_rate": sizes.learning_rate,
-        "logging_steps": 10,
+        "logging_steps": max(1, min(10, sizes.max_steps // 10)),
         "save_steps": 50,
         "save_total_limit": 2,
         "report_to": "none",
@@ -268,12 +311,15 @@ def make_stages(args: QuickstartArguments, sizes: Sizes, accelerated: bool) -> l
         )
         for split in ("train", "dev")
     ]
-    warmup = ["warmup", *both, "--max_steps", str(sizes.warmup_steps), "--output_dir", str(warm)]
-    stages.append(Stage("warm up both roles", warmup, (warm / CONFIG_FILE).is_file))
+    if sizes.selector_form == "query_likelihood":
+        start = [word for name, value in SCORING.items() for word in (f"--{name}", str(value))]
+    else:
+        start = ["--selector_adapter", str(warm / "selector"), "--generator_adapter", str(warm / "generator")]
+        warmup = ["warmup", *both, "--max_steps", str(sizes.warmup_steps), "--output_dir", str(warm)]
+        stages.append(Stage("warm up both roles", warmup, (warm / CONFIG_FILE).is_file))
     train = ["train", *both, "--dataset_test_split", "dev", "--max_eval_questions", str(MOST_HELD_OUT)]
     train += ["--num_permutations", str(sizes.num_permutations), "--max_steps", str(sizes.max_steps)]
-    train += ["--selector_adapter", str(warm / "selector"), "--generator_adapter", str(warm / "generator")]
-    train += ["--output_dir", str(run)]
+    train += [*start, "--output_dir", str(run)]
 
     is_trained = (run / CONFIG_FILE).is_file  # what is saved after the last update
     stages.append(Stage("what training will need", [*train, "--dry_run"], is_trained))
@@ -327,6 +373,19 @@ def _split(questions: str, folder: Path, dev_share: float) -> None:
     folder.mkdir(exist_ok=True)
     write_lines(folder / TRAIN_FILE, [row for place, row in enumerate(rows) if place not in held_out])
     write_lines(folder / DEV_FILE, [row for place, row in enumerate(rows) if place in held_out])
+
+
+def _print_gain(results: Path) -> None:
+    """Prints what the held-out questions tell of the selector."""
+    retriever, system = (read_json_object(results / name / SUMMARY_FILE) for name in ("retriever", "dro"))
+    told = [
+        f"{title} {100 * retriever['metrics'][name]['mean']:.1f} and {100 * system['metrics'][name]['mean']:.1f}"
+        for title, name in (("exact match", "em"), ("contains answer", "contains"), ("Recall@1", "recall@1"))
+    ]
+    number = system["num_questions"]
+    print(f"\nIn % of {number} questions, by the retriever's order and by the selector: {', '.join(told)}.")
+    if system["metrics"]["recall@1"]["mean"] < retriever["metrics"]["recall@1"]["mean"]:
+        print("The selector does not earn its place yet: give more questions, more --max_steps or a larger model.")
 
 
 def _shown(stage: Stage) -> str:

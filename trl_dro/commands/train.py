@@ -22,6 +22,7 @@ from ..system.adapter_check import ADAPTER_FILE, check_adapter, read_adapter_con
 from ..trainer.cost import BYTES_4BIT, BYTES_4BIT_NESTED, BYTES_8BIT
 from ..trainer.dro_config import DROConfig
 from ..trainer.dro_trainer import DROTrainer
+from ..trainer.engines import engine_name
 from ..trainer.inputs import (
     LongAnswers,
     check_inputs,
@@ -34,7 +35,6 @@ from ..trainer.logs import print_comparison
 from ..trainer.plan import Lengths, Models, make_plan, print_plan, read_config
 from ..trainer.ranges import check_model_settings
 from ..trainer.run import checkpoints_of_run
-from ..trainer.sharding import engine_name
 from .arguments import CORPUS_HELP, DATASET_HELP, CuttingArguments, LaunchArguments, check_range
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -15,11 +15,12 @@ from .documents import SUFFIXES, Block, Reading, read_documents
 from .schema import DatasetError
 from .sentences import split_sentences
 from .storage import content_key, file_key
+from .words import count_words, cut_words, join_texts
 
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raised when the same documents would be cut into other passages
+VERSION = 4  # raised when the same documents would be cut into other passages
 
 
 class DocumentFolder:
@@ -51,7 +52,7 @@ class DocumentFolder:
         folder (`str` or `os.PathLike`):
             Folder of documents, or one document.
         words_per_passage (`int`, *optional*, defaults to `100`):
-            Most words of a passage.
+            Most words of a passage, as [`~data.words.count_words`] counts them.
         overlap_words (`int`, *optional*, defaults to `0`):
             Most words of the sentences at the end of a passage with which the next one begins again.
 
@@ -127,11 +128,11 @@ def cut_document(
     for (title, page), blocks in groupby(
         document.blocks, lambda block: (_title(document.title, block.headings), block.page)
     ):
-        passage: list[list[str]] = []
+        passage: list[Unit] = []
         for unit in _units(blocks, words_per_passage):
-            if passage and _count(passage) + len(unit) > words_per_passage:
+            if passage and _count(passage) + unit.num_words > words_per_passage:
                 yield title, _text(passage), page
-                passage = _end(passage, min(overlap_words, words_per_passage - len(unit)))
+                passage = _end(passage, min(overlap_words, words_per_passage - unit.num_words))
             passage.append(unit)
         if passage:
             yield title, _text(passage), page
@@ -144,28 +145,33 @@ def _title(title: str, headings: Sequence[str]) -> str:
     return " > ".join([title, *headings])
 
 
-def _units(blocks: Iterator[Block], most: int) -> Iterator[list[str]]:
-    """Words of what is not cut: a sentence, a row, or as much of a long one as a passage has words."""
+class Unit(NamedTuple):
+    """What is not cut: a sentence, a row, or as much of a long one as a passage has words."""
+
+    text: str
+    num_words: int
+
+
+def _units(blocks: Iterator[Block], most: int) -> Iterator[Unit]:
     for block in blocks:
-        is_row = block.is_row and len(block.text.split()) <= most
+        is_row = block.is_row and count_words(block.text) <= most
         for sentence in [block.text] if is_row else split_sentences(block.text):
-            words = sentence.split()
-            for start in range(0, len(words), most):
-                yield words[start : start + most]
+            for text in cut_words(sentence, most):
+                yield Unit(text, count_words(text))
 
 
-def _end(passage: list[list[str]], room: int) -> list[list[str]]:
+def _end(passage: list[Unit], room: int) -> list[Unit]:
     """The last units of a passage, as many as have no more words than `room`."""
     first = len(passage)
-    while first and len(passage[first - 1]) <= room:
+    while first and passage[first - 1].num_words <= room:
         first -= 1
-        room -= len(passage[first])
+        room -= passage[first].num_words
     return passage[first:]
 
 
-def _count(passage: list[list[str]]) -> int:
-    return sum(len(unit) for unit in passage)
+def _count(passage: list[Unit]) -> int:
+    return sum(unit.num_words for unit in passage)
 
 
-def _text(passage: list[list[str]]) -> str:
-    return " ".join(word for unit in passage for word in unit)
+def _text(passage: list[Unit]) -> str:
+    return join_texts(unit.text for unit in passage)

@@ -3,6 +3,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ReadRows = Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
 
+MOST_RUNNING_LINES = 3
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
 
@@ -108,7 +110,8 @@ def _shown(value: Any) -> str:
 def _row_text(cells: Iterable[tuple[str, str]]) -> str:
     """A row of a table with the names of its columns: `City: Rome; Limit: 120 EUR.`"""
     named = [f"{name}: {value}" if name else value for name, value in cells if value.strip()]
-    return f"{'; '.join(' '.join(each.split()) for each in named)}." if named else ""
+    text = "; ".join(" ".join(each.split()) for each in named)
+    return text if not text or text.endswith((".", "!", "?", "。", "！", "？")) else f"{text}."
 
 
 def _table_texts(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -317,7 +320,7 @@ def _pdf(path: Path) -> Reading:
         raise ImportError(f"{path}: PDF needs pypdf: pip install trl_dro[documents]") from None
     try:
         reader = PdfReader(path)
-        pages = [page.extract_text() for page in reader.pages]
+        pages = without_running_lines([page.extract_text() for page in reader.pages])
         title = (reader.metadata.title if reader.metadata else None) or ""
     except Exception as error:  # whatever a damaged or locked file raises in pypdf
         raise DatasetError(
@@ -331,6 +334,33 @@ def _pdf(path: Path) -> Reading:
             blocks.append(last._replace(text=f"{last.text} {sentences.pop(0)}"))
         blocks += [Block(sentence, page=number) for sentence in sentences]
     return Reading(title, blocks)
+
+
+def without_running_lines(pages: Sequence[str]) -> list[str]:
+    """
+    Texts of pages without their running heads and feet: up to three lines at the top and the bottom that more than
+    half of at least three pages have in common, but for numbers, `Annual report, page 3`. A page keeps its last line.
+
+    Args:
+        pages (`list[str]`): text of each page.
+    """
+    lines = [page.strip().split("\n") for page in pages]
+    if len(lines) < 3:
+        return list(pages)
+    for end, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        for _ in range(MOST_RUNNING_LINES):
+            at_end = [re.sub(r"\d+", "#", each[end]).strip() for each in lines]
+            # A row of numbers is no page's number.
+            common = {
+                text
+                for text, count in Counter(at_end).items()
+                if count > len(lines) / 2 and (re.search(r"[^\W\d_]", text) or text.count("#") < 2)
+            }
+            lines = [
+                each[rest] if text in common and len(each) > 1 else each
+                for each, text in zip(lines, at_end, strict=True)
+            ]
+    return ["\n".join(each) for each in lines]
 
 
 WHOLE: dict[str, Callable[[Path], Reading]] = {

@@ -5,9 +5,10 @@ import regex
 
 
 # What ends a sentence, with the quotes and brackets that close behind it: marks before white space that no small
-# letter follows, marks of Chinese and Japanese, and empty lines.
+# letter follows; marks of Chinese and Japanese, unless what was quoted is inside of a sentence that goes on, as in
+# 「はい。」と答えた; and empty lines.
 _END = regex.compile(
-    r"""[.!?…]+["'”’»)\]]*(?=\s+(?!\s|\p{Ll}))|[。！？]+[」』）”’]*|\n[^\S\n]*(?=\n)""",
+    r"""[.!?…]+["'”’»)\]]*(?=\s+(?!\s|\p{Ll}))|[。！？]+(?:(?![。！？」』）”’])|[」』）”’]+(?=\s|[「『（“‘]|\Z))|\n[^\S\n]*(?=\n)""",
 )
 # Words that end with a point and no sentence; single letters, initials mostly, do neither.
 _ABBREVIATIONS = frozenset(
@@ -20,7 +21,8 @@ def split_sentences(text: str) -> list[str]:
     The sentences of a text, without the white space around them.
 
     A sentence ends with `.`, `!`, `?` or `…` before white space, unless a small letter follows, or the point is that
-    of an initial, an abbreviation, or a number at the start; with `。`, `！` or `？`; and at an empty line.
+    of an initial, an abbreviation, or a number at the start; with `。`, `！` or `？`, unless it stands at the end of a
+    quotation behind which the sentence goes on; and at an empty line.
 
     Args:
         text (`str`): the text.

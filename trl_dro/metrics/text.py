@@ -15,11 +15,14 @@ from collections.abc import Sequence
 
 import regex
 
+from ..data.words import CHARACTER, UNSPACED, split_words
+
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-# A run of letters, digits and marks, or any single character that is neither space nor control [3].
-_TOKENS = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+# A run of letters, digits and marks, or any single character that is neither space nor control [3]; letters of scripts
+# that put no spaces between words each by itself, where a run would be a whole sentence.
+_TOKENS = regex.compile(rf"{CHARACTER}|[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]+|[^\p{{Z}}\p{{C}}]", regex.V1)
 
 
 def normalize_answer(text: str) -> str:
@@ -63,7 +66,8 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
     """Whether a gold answer stands in a prediction, word for word, after normalisation.
 
     An answer in a sentence counts, which exact match knows nothing of; so does a prediction that lists all that could
-    be meant, or denies it. It is to be read beside [`exact_match`], and never less than that.
+    be meant, or denies it. It is to be read beside [`exact_match`], and never less than that. Where no spaces part
+    words, characters are compared, see [`~data.words.split_words`].
 
     Args:
         prediction (`str`): generated answer.
@@ -78,9 +82,9 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
     (1.0, 0.0)
     ```
     """
-    text = f" {normalize_answer(prediction)} "
-    words = [normalized for answer in answers if (normalized := normalize_answer(answer))]
-    return max(exact_match(prediction, answers), float(any(f" {each} " in text for each in words)))
+    text = _spaced_words(prediction)
+    given = [words for answer in answers if (words := _spaced_words(answer)).strip()]
+    return max(exact_match(prediction, answers), float(any(words in text for words in given)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -104,11 +108,16 @@ def _f1(prediction: str, answer: str) -> float:
     return 2 * num_shared / (len(prediction_words) + len(answer_words)) if num_shared else 0.0
 
 
+def _spaced_words(text: str) -> str:
+    return f" {' '.join(split_words(normalize_answer(text)))} "
+
+
 def has_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether a text contains a gold answer, by the matching of DPR [3].
 
     Text and answer are brought to Unicode form NFD, cut into tokens and lowercased; the answer's tokens must follow
-    one another in the text. So `"art"` is not found in `"party"`.
+    one another in the text. So `"art"` is not found in `"party"`. Characters of scripts that put no spaces between
+    words are tokens, which DPR did not do: `"東京"` is found in `"東京都"`.
 
     Args:
         text (`str`): document.

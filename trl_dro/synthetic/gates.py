@@ -6,7 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import regex
+
 from ..data.schema import Document
+from ..data.words import count_words, shingles
 from ..metrics.text import has_answer, normalize_answer
 from .writers import Pair
 
@@ -24,7 +27,7 @@ GATES = (FORM, ABOUT_THE_PASSAGE, GIVEN_AWAY, NOT_IN_PASSAGE, WRONG_KIND, NOT_RE
 
 MAX_ANSWER_WORDS = 8
 MAX_QUESTION_WORDS = 30
-SAME_WORDS = 0.8  # share of the words of two questions that both have
+SAME_WORDS = 0.8  # share of the words, see data/words.py, of two questions that both have
 
 _POINTS_AT_PASSAGE = re.compile(
     r"\b(?:this|that|given|above|following) (?:passage|paragraph|text|article|excerpt|document|section|story|author)\b"
@@ -38,6 +41,8 @@ _POINTS_AT_PASSAGE = re.compile(
     re.IGNORECASE,
 )
 
+
+_MAY_BE_NAMED = regex.compile(r"\p{N}|[\p{Han}\p{Katakana}]")
 
 # What English questions ask for, by their first words, and what an answer of that kind holds.
 _DATE = r"\d|century|spring|summer|autumn|fall|winter|January|March|April|[A-Z]\w*(?:day|ember)"
@@ -59,8 +64,8 @@ def refuse_by_text(pair: Pair, passage: Document) -> str | None:
         passage (`dict`):
             The passage it was written from.
     """
-    words = pair.question.split()
-    if not 3 <= len(words) <= MAX_QUESTION_WORDS or not 1 <= len(pair.answer.split()) <= MAX_ANSWER_WORDS:
+    in_question, in_answer = count_words(pair.question), count_words(pair.answer)
+    if not 3 <= in_question <= MAX_QUESTION_WORDS or not 1 <= in_answer <= MAX_ANSWER_WORDS:
         return FORM
     if _POINTS_AT_PASSAGE.search(pair.question):
         return ABOUT_THE_PASSAGE
@@ -87,7 +92,7 @@ def near_duplicates(questions: Sequence[str], worth: Sequence[float]) -> dict[in
         `dict[int, int]`: of each duplicate the place of the question that stays.
     """
     duplicates: dict[int, int] = {}
-    words = [set(normalize_answer(question).split()) for question in questions]
+    words = [set(shingles(normalize_answer(question))) for question in questions]
     kept_with: dict[str, list[int]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
     for each in words:
@@ -112,9 +117,12 @@ def near_duplicates(questions: Sequence[str], worth: Sequence[float]) -> dict[in
 
 
 def _tells_apart(words: set[str], *questions: str) -> bool:
-    """Whether one of these words is a number, or a name in a question: capital, and not the first word."""
+    """
+    Whether one of these words is a number, or a name in a question: capital, and not the first word. Scripts without
+    capitals do not tell names, and what differs in Chinese characters or Katakana may be one.
+    """
     names = {normalize_answer(word) for question in questions for word in question.split()[1:] if word[:1].isupper()}
-    return any(word in names or any(map(str.isdigit, word)) for word in words)
+    return any(word in names or _MAY_BE_NAMED.search(word) for word in words)
 
 
 def sift(candidates: Sequence[dict[str, Any]], min_gain: float, retrieved_within: int) -> None:

@@ -14,6 +14,7 @@ from ..data.corpus import Corpus
 from ..data.resumable import complete_rows
 from ..data.schema import DatasetError, Document
 from ..data.storage import content_key
+from ..data.words import count_words
 from ..retrieval.interface import Retriever
 from .gates import refuse_by_text
 from .writers import LocalModel, Pair, Writer
@@ -47,7 +48,7 @@ def choose_passages(corpus: Corpus, most: int | None = None, seed: int = 0) -> l
         part = places[start : start + 1000]
         documents = corpus.documents(part)
         found = zip(part, documents, strict=True)
-        chosen += [place for place, each in found if len(each["text"].split()) >= MIN_WORDS]
+        chosen += [place for place, each in found if count_words(each["text"]) >= MIN_WORDS]
         if most is not None and len(chosen) >= most:
             break
     if not chosen:

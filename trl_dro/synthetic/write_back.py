@@ -108,8 +108,8 @@ def statement(question: str, answer: str) -> str:
     """A question and its answer as a text: `Who built the mill? Ada Stone.`"""
     question, answer = " ".join(question.split()), " ".join(answer.split())
     asked = f"{question[:1].upper()}{question[1:]}"
-    asked += "" if asked.endswith("?") else "?"
-    return f"{asked} {answer}{'' if answer.endswith(('.', '!', '?')) else '.'}"
+    asked += "" if asked.endswith(("?", "？")) else "?"
+    return f"{asked} {answer}{'' if answer.endswith(('.', '!', '?', '。')) else '.'}"
 
 
 def sift_pairs(

@@ -105,12 +105,12 @@ def parse_pairs(text: str) -> list[Pair]:
     """
     pairs = []
     for question, answer in _PAIR.findall(text):
-        question = " ".join(question.strip(' "“”*').split()).rstrip(".")
+        question = " ".join(question.strip(' "“”*').split()).rstrip(".。")
         answer = " ".join(answer.strip(' "“”*').split())
-        answer = answer if re.search(r"\b\w{1,2}\.$", answer) else answer.rstrip(".")
+        answer = answer if re.search(r"\b\w{1,2}\.$", answer) else answer.rstrip(".。")
         if question and answer:
             question = question[0].upper() + question[1:]
-            pairs.append(Pair(question if question.endswith("?") else f"{question}?", answer))
+            pairs.append(Pair(question if question.endswith(("?", "？")) else f"{question}?", answer))
     return pairs
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..data.sentences import split_sentences
+from ..data.words import shingles
 from ..metrics.text import has_answer, normalize_answer
 from ..model.prompts import Question, question_text
 
@@ -69,8 +70,8 @@ def cite(question: Question, answer: str, documents: Sequence[Passage]) -> list[
     Returns:
         `list[Citation]`
     """
-    asked = set(normalize_answer(question_text(question)).split())
-    words = set(normalize_answer(answer).split())
+    asked = set(shingles(normalize_answer(question_text(question))))
+    words = set(shingles(normalize_answer(answer)))
     found: list[tuple[float, Citation]] = []
     for document in documents:
         states_answer = has_answer(document.text, [answer])
@@ -87,6 +88,6 @@ def cite(question: Question, answer: str, documents: Sequence[Passage]) -> list[
 
 def _score(sentence: str, answer: str, words: set[str], asked: set[str]) -> tuple[bool, float, int]:
     """Whether a sentence states the answer, its share of the answer's words, and how many of the question's it has."""
-    own = set(normalize_answer(sentence).split())
+    own = set(shingles(normalize_answer(sentence)))
     shared = len(words & own) / len(words) if words else 0.0
     return has_answer(sentence, [answer]), shared, len(asked & own)

@@ -122,18 +122,7 @@ def build_model_card(
         library_name="peft" if adapters else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["generated_from_trainer", "rag", *tags])),
-        eval_results=[
-            EvalResult(
-                task_type="question-answering",
-                dataset_type=dataset_name or "custom",
-                dataset_name=dataset_name or "evaluation set",
-                metric_type=METRICS[metric][1],
-                metric_name=METRICS[metric][0],
-                metric_value=round(value, 2),
-            )
-            for metric, value in shown.items()
-        ]
-        or None,
+        eval_results=_eval_results(shown, dataset_name) or None,
     )
     base = f'"{names[0]}"' if names else f'"{repo_id}", subfolder="base"'
     body = BODY.format(
@@ -151,6 +140,20 @@ def build_model_card(
         **{package: version(package) for package in ("trl_dro", "trl", "transformers", "peft", "torch")},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _eval_results(shown: Mapping[str, float], dataset_name: str | None) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="question-answering",
+            dataset_type=dataset_name or "custom",
+            dataset_name=dataset_name or "evaluation set",
+            metric_type=METRICS[metric][1],
+            metric_name=METRICS[metric][0],
+            metric_value=round(value, 2),
+        )
+        for metric, value in shown.items()
+    ]
 
 
 def _results(shown: Mapping[str, float], metrics: Mapping[str, float]) -> str:

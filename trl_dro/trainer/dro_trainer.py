@@ -450,7 +450,7 @@ class DROTrainer(RoleTrainer):
         is minus the IWAE bound of the first answer. A question's draws are the same at every evaluation.
         """
         self.callback_handler.eval_dataloader = dataloader
-        self._shard()
+        self.engine.before_evaluation(self)
         scores: list[Tensor] = []
         names: list[str] = []
         answers: list[str] = []

@@ -25,7 +25,8 @@ from ..model.roles import ROLES, Role, Roles, cast_adapters_for_quantized_base, 
 from ..model.shared_prefix import check_attention
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
-from .sharding import load_whole, refuse_engines
+from .engines import refuse_engines
+from .zero import load_whole
 
 
 logger = logging.getLogger(__name__)
@@ -335,7 +336,7 @@ def disable_dropout(model: nn.Module) -> None:
 def refuse_unsupported(args: DROConfig) -> None:
     """
     Raises `ValueError` for attention that takes no mask of its own, and for engines that cannot train two roles, see
-    [`~sharding.refuse_engines`].
+    [`~engines.refuse_engines`].
     """
     if args.shared_prefix != "never":
         check_attention(cast(dict, args.model_init_kwargs or {}).get("attn_implementation"))

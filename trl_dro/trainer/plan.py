@@ -190,7 +190,7 @@ def make_plan(
         num_processes (`int`):
             Processes, each on a device of its own.
         engine (`str`, *optional*, defaults to `"data parallel"`):
-            How they share the work, see [`~sharding.engine_name`].
+            How they share the work, see [`~engines.engine_name`].
 
     Returns:
         [`Plan`]

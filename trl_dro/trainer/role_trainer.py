@@ -32,10 +32,10 @@ from ..system.model_card import build_model_card
 from ..system.rag_config import RAGConfig
 from ..system.upload import upload_checkpoint, upload_system
 from .dro_config import DROConfig
+from .engines import engine_of
 from .log_history import LogHistory
 from .logs import RunningMeans
 from .run import Identity, RunTrainer
-from .sharding import FSDP2, DataParallel, ZeRO, engine_of
 
 
 logger = get_logger(__name__)
@@ -99,15 +99,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.engine = engine_of(self.accelerator, self.roles)
-
-    def _shard(self) -> None:
-        """Before training FSDP2 shards what is evaluated, and Trainer leaves a model of DeepSpeed's where it lies."""
-        if isinstance(self.engine, ZeRO) and self.model_wrapped is self.model:
-            self.model.to(self.args.device)
-        if isinstance(self.engine, FSDP2):
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
 
     def _check_rows(self, rag: RAGModel) -> None:
         """
@@ -367,9 +358,6 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves both roles, see [`~transformers.Trainer.save_model`]; all processes must call it."""
-        if type(self.engine) is DataParallel:
-            super().save_model(output_dir, _internal_call)
-            return
         self._save(output_dir, self.engine.whole(self.roles.state_to_save()))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -434,12 +422,9 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         self.engine.load(resume_from_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not isinstance(self.engine, FSDP2):
+        if not self.engine.save_optimizer(self.optimizer, output_dir):
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # Trainer would write the weights once more, of both roles and their bases.
-        self.engine.save_optimizer(self.model, self.optimizer, output_dir)
-        if self.args.should_save:
+        elif self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_best_model(self) -> None:

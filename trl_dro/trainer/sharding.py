@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 """How processes share the work of training: plain data parallelism, where each holds all weights; FSDP2, where each
-holds a part of every weight; or DeepSpeed's ZeRO, where each holds a part of the optimizer's states (stage 1), of the
-gradients (stage 2) and of the weights (stage 3). The one file that knows engines.
+holds a part of every weight; and, in `zero.py`, DeepSpeed's ZeRO, where each holds a part of the optimizer's states
+(stage 1), of the gradients (stage 2) and of the weights (stage 3). `engines.py` says which one a run is under; nothing
+else tells them apart.
 
 Where weights are sharded, all processes must go through the model together. Without gradients their numbers of
 forwards differ, by the length of what they write say: there the weights of a role are gathered first. With gradients
@@ -10,26 +11,20 @@ left: the M-step never goes on from the E-step's forward.
 """
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainingArguments
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers import Trainer
 
-from .._trl_compat import add_hooks, remove_hooks
-from ..model.roles import ROLES, Role, Roles, is_quantized
+from ..model.roles import Role, Roles
 from .schedule import QuestionBatch
 
 
@@ -96,6 +91,13 @@ class DataParallel:
     def load(self, folder: str | Path) -> None:
         """Reads both roles from a folder, see [`~roles.Roles.load`]."""
         self.roles.load(folder)
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, folder: str) -> bool:
+        """Whether it wrote the optimizer's state, where Trainer would write more than that."""
+        return False
+
+    def before_evaluation(self, trainer: Trainer) -> None:
+        """Readies a model that may not have been trained yet."""
 
 
 class Sharded(DataParallel):
@@ -204,146 +206,15 @@ class FSDP2(Sharded):
     def load(self, folder: str | Path) -> None:
         self.roles.load(folder, fill)
 
-    def save_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        """Writes the optimizer's state, which any number of processes can read."""
-        save_fsdp_optimizer(self.plugin, self.accelerator, optimizer, model, folder)
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, folder: str) -> bool:
+        # Trainer would write the weights once more, of both roles and their bases.
+        save_fsdp_optimizer(self.plugin, self.accelerator, optimizer, self.roles.model, folder)
+        return True
 
-
-class ZeRO(DataParallel):
-    """
-    Optimizer states, and in stage 2 gradients, spread over processes by DeepSpeed, as accelerate applies it. Each
-    process holds all weights, and goes through the model when it likes.
-
-    DeepSpeed takes every backward for that of a whole loss, and accelerate steps the optimizer after it. Here the last
-    role's backward of an update is told to be the last, and the step is made when the gradients have been looked at.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Processes.
-        roles ([`~roles.Roles`]):
-            Both roles.
-    """
-
-    def __init__(self, accelerator: Accelerator, roles: Roles):
-        super().__init__(accelerator, roles)
-        plugin: Any = accelerator.state.deepspeed_plugin
-        # Each process keeps its part, which no other number of processes can read.
-        self.name = f"ZeRO-{plugin.zero_stage} on {accelerator.num_processes} processes"
-        self._deepspeed: Any = None  # its engine, once the model is prepared
-        self._left_out = False
-        prepare = accelerator.prepare
-
-        def prepare_and_step_late(*objects: Any, **kwargs: Any) -> Any:
-            prepared = prepare(*objects, **kwargs)
-            if isinstance(objects[0], nn.Module):
-                self._deepspeed, optimizer = prepared[:2]
-                # A method of it, which the scheduler of learning rates will wrap.
-                optimizer.step = MethodType(lambda _, closure=None: self._step(), optimizer)
-            return prepared
-
-        accelerator.prepare = prepare_and_step_late  # type: ignore[method-assign,assignment]
-
-    def synced_backward(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        self._deepspeed.set_gradient_accumulation_boundary(last and self.accelerator.sync_gradients)
-        return contextlib.nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self._deepspeed.backward(loss, scale_wrt_gas=False)
-
-    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
-        # One after the other: no process ever holds more than one gradient that is whole.
-        norms = [safe_get_full_grad(parameter).norm() for parameter in parameters]
-        return torch.stack(norms).norm() if norms else torch.zeros((), device=self.accelerator.device)
-
-    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._left_out = True
-
-    def clipped(self, norms: Sequence[Tensor]) -> float:
-        return 0.0 if self._left_out else float(torch.stack(list(norms)).norm())
-
-    def _step(self) -> None:
-        if not self._left_out:
-            self._deepspeed.step()
-            return
-        self._left_out = False
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drops an update's gradients, as its own optimizer does where fp16 overflows."""
-        optimizer = self._deepspeed.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
-        optimizer.micro_step_id = -1
-
-
-class ZeRO3(Sharded, ZeRO):
-    """
-    Weights, gradients and optimizer states spread over processes by DeepSpeed, as accelerate applies it.
-
-    DeepSpeed empties no buffer of gradients: in an update's first backward, and in no other, what comes overwrites
-    what is left of the update before. With two backwards the second role's gradients would be added to old ones. Here
-    all are added, and the buffer is emptied with the step.
-    """
-
-    def __init__(self, accelerator: Accelerator, roles: Roles):
-        super().__init__(accelerator, roles)
-        self._held: set[Role] = set()  # roles whose weights an outer call gathered
-        load_whole()
-
-    @contextlib.contextmanager
-    def gathered(self, *roles: Role) -> Iterator[None]:
-        # Before the model is prepared each process has all.
-        if self._deepspeed is None or self._held.issuperset(roles):
-            yield
-            return
-        from deepspeed.runtime.zero import GatheredParameters
-
-        model, held = self.roles.model, self._held
-        modules = [model] if self.roles.shared else [model.get_submodule(role) for role in roles]
-        with GatheredParameters([parameter for module in modules for parameter in module.parameters()]):
-            # They would gather weights, all processes at once, and let go of them layer by layer.
-            remove_hooks(self._deepspeed)
-            self._held = held.union(ROLES if self.roles.shared else roles)
-            try:
-                yield
-            finally:
-                self._held = held
-                add_hooks(self._deepspeed)
-
-    def backward(self, loss: Tensor) -> None:
-        self._deepspeed.optimizer.micro_step_id = 1  # of zero it would overwrite
-        super().backward(loss)
-
-    def full(self, weight: Tensor) -> Tensor:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters(weight):
-            return weight.detach().clone()
-
-    def load(self, folder: str | Path) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        weights = [parameter for role in ROLES for _, parameter in self.roles.named_parameters(role)]
-        with GatheredParameters(weights, modifier_rank=0):
-            super().load(folder)
-
-    def _step(self) -> None:
-        super()._step()
-        self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
-
-    def _forget(self) -> None:
-        self._deepspeed.optimizer.zero_grad()
-
-
-def load_whole() -> None:
-    """
-    Has transformers load all of a model in each process under ZeRO-3 too, where it would load parts: DeepSpeed makes
-    these when it is given the model, and until then it can be copied, checked and asked.
-    """
-    unset_hf_deepspeed_config()
+    def before_evaluation(self, trainer: Trainer) -> None:
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = self.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = trainer.model
 
 
 def _nothing() -> None:
@@ -359,131 +230,3 @@ def fill(weight: Tensor, values: Tensor) -> None:
         whole = values.detach().to(device=weight.device, dtype=weight.dtype).contiguous()
         part = distribute_tensor(whole, weight.device_mesh, weight.placements)
         weight.to_local().copy_(part.to_local())
-
-
-def engine_of(accelerator: Accelerator, roles: Roles) -> DataParallel:
-    """
-    Engine of an accelerator.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Processes, and what the launcher's config says of them.
-        roles ([`~roles.Roles`]):
-            Both roles.
-
-    Returns:
-        [`DataParallel`], [`FSDP2`], [`ZeRO`] or [`ZeRO3`]
-
-    Raises:
-        `ValueError`: it is another engine, or one with settings under which two roles cannot be trained.
-    """
-    kind = str(accelerator.distributed_type.value)
-    if kind == "DEEPSPEED":
-        zero: Any = accelerator.state.deepspeed_plugin
-        _refuse_zero(zero.zero_stage, zero.hf_ds_config.is_offload())
-        if zero.zero_stage != 3:
-            return ZeRO(accelerator, roles)
-        _refuse_quantized(roles, "ZeRO-3")
-        return ZeRO3(accelerator, roles)
-    if kind == "MEGATRON_LM":
-        raise ValueError(f"Megatron-LM does not know two roles: use {_FSDP2_RECIPE}")
-    if kind != "FSDP":
-        return DataParallel(accelerator, roles)
-    plugin: Any = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(_NO_FSDP1)
-    if plugin.activation_checkpointing:
-        raise ValueError(
-            "FSDP's own activation checkpointing wraps layers, so that a role's weights lose their names: set "
-            "fsdp_activation_checkpointing to false, and gradient_checkpointing=True in the training arguments"
-        )
-    _refuse_quantized(roles, FSDP2.name)
-    return FSDP2(accelerator, roles)
-
-
-def _refuse_quantized(roles: Roles, engine: str) -> None:
-    for role in ROLES:
-        if is_quantized(roles.module(role)):
-            raise ValueError(
-                f"the {role}'s base is quantized, which {engine} does not shard here: use plain data parallelism, "
-                "e.g. recipes/accelerate/two_gpus.yaml, or leave out load_in_4bit and shard the base in bfloat16"
-            )
-
-
-_FSDP2_RECIPE = "FSDP2, e.g. accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
-_NO_FSDP1 = (
-    "FSDP1 saves one adapter only and cannot run two roles' backwards one after the other: set fsdp_version to 2, as "
-    "recipes/accelerate/fsdp2.yaml has it"
-)
-
-
-def _refuse_zero(stage: int, offloads: bool = False) -> None:
-    """Raises `ValueError` for what DeepSpeed is not used for here."""
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"DeepSpeed's ZeRO stage {stage} spreads nothing: use stages 1 to 3, e.g. recipes/accelerate/zero2.yaml, "
-            f"or {_FSDP2_RECIPE}"
-        )
-    if offloads:
-        raise ValueError(
-            "DeepSpeed's offload does not show the gradients of each role before the optimizer's step: leave out "
-            "offload_optimizer_device and offload_param_device"
-        )
-
-
-def refuse_engines(args: TrainingArguments) -> None:
-    """
-    Raises `ValueError` for engines that cannot train two roles, before anything is loaded: by the training arguments,
-    and by what `accelerate launch` says in the environment, as a config of its own sets no argument.
-    """
-    if args.deepspeed:
-        _refuse_zero(_stage(args.hf_deepspeed_config.config))
-    elif _is_true("ACCELERATE_USE_DEEPSPEED"):
-        devices = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
-        _refuse_zero(_launched_stage(), any(device not in (None, "none") for device in devices))
-    if args.fsdp_plugin_args is not None:
-        if args.fsdp_plugin_args["fsdp_version"] != 2:
-            raise ValueError(_NO_FSDP1)
-    elif _is_true("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
-        raise ValueError(_NO_FSDP1)
-
-
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
-
-
-def engine_name(accelerate_config: str | None, args: TrainingArguments) -> str:
-    """
-    `"data parallel"`, `"FSDP2"` or `"ZeRO-"` with its stage: what a run will be under, by its arguments, the
-    launcher's environment, or a config file of accelerate.
-    """
-    if args.fsdp_plugin_args is not None or _is_true("ACCELERATE_USE_FSDP"):
-        return FSDP2.name
-    stage = None
-    if args.deepspeed:
-        stage = _stage(args.hf_deepspeed_config.config)
-    elif _is_true("ACCELERATE_USE_DEEPSPEED"):
-        stage = _launched_stage()
-    elif accelerate_config is not None:
-        config: Any = load_config_from_file(accelerate_config)
-        if config.distributed_type == "FSDP":
-            return FSDP2.name
-        if config.distributed_type == "DEEPSPEED":
-            file = config.deepspeed_config.get("deepspeed_config_file")
-            stage = config.deepspeed_config.get("zero_stage", 2) if file is None else _stage_in(file)
-    return DataParallel.name if stage is None else f"ZeRO-{stage}"
-
-
-def _launched_stage() -> int:
-    """Stage that `accelerate launch` was told, by a file of DeepSpeed's or of its own."""
-    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        return _stage_in(file)
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-
-
-def _stage_in(file: str) -> int:
-    return _stage(json.loads(Path(file).read_text(encoding="utf-8")))
-
-
-def _stage(config: Mapping[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
