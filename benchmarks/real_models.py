@@ -377,7 +377,7 @@ class Run:
         return means | {"questions": len(rows), "eval_seconds": round(time.process_time() - start, 1)}
 
     def score(self, trainer: DROTrainer, question: dict[str, Any]) -> dict[str, Any]:
-        """EM and F1 with the selector's and the retriever's documents, recall of both and of the posterior, bound, ESS."""
+        """EM and F1 with the selector's and the retriever's documents, recalls, bound and ESS."""
         rag, s = trainer.rag, self.settings
         row: dict[str, Any] = {"id": question.get("id")}
         read = rag.read([question])  # the selector's prompt, once for all that is asked of it
