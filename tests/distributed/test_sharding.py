@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from .run_training import ENGINES, read_result, start
 from .test_data_parallel import dealt, difference
+from .test_machines import lose
+from .test_resume import assert_same_training, newest
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,19 +64,38 @@ def job(settings, batch_size, folder):
     return defaults | settings | {"per_device_train_batch_size": batch_size, "output_dir": str(folder)}
 
 
-def launch(engine, jobs, log):
-    """Runs two gloo processes under an engine."""
+def begin(engine, jobs, log):
+    """Starts two gloo processes under an engine."""
     with log.open("a") as file:
-        process = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
             + ["tests.distributed.run_training", json.dumps(jobs)],
             cwd=ROOT,
             env=os.environ | ENGINES[engine],
             stdout=file,
             stderr=file,
-            timeout=SECONDS,
         )
-    assert process.returncode == 0, log.read_text()
+
+
+def launch(engine, jobs, log):
+    """Runs two gloo processes under an engine."""
+    assert begin(engine, jobs, log).wait(SECONDS) == 0, log.read_text()
+
+
+def train_killed_and_not(engine, folder):
+    """Output folders of a run that was killed while it wrote a checkpoint, and went on, and of one left alone."""
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    killed, alone = (job(settings, 2, folder / name) for name in ("killed", "alone"))
+    log = folder / "log"
+    process, end = begin(engine, [killed], log), time.monotonic() + SECONDS
+    while newest(folder / "killed") < 2 or not list((folder / "killed").glob("_checkpoint-*.partial")):
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.001)
+    lose(process)
+    assert 2 <= newest(folder / "killed") < 6
+    launch(engine, [killed | {"resume": True}, alone], log)
+    return folder / "killed", folder / "alone"
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +135,11 @@ def test_fsdp2_resumes_bit_for_bit(results):
     (logs, weights), (expected_logs, expected) = read_result(two / "resumed"), read_result(two / "adapters")
     assert [row["loss"] for row in logs] == [row["loss"] for row in expected_logs]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_killed_fsdp2_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+    assert_same_training(*train_killed_and_not("fsdp2", tmp_path))
 
 
 @pytest.mark.slow

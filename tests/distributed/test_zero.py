@@ -14,7 +14,8 @@ from trl_dro.trainer.checkpoint import find_checkpoints, find_damage
 from ..tiny_models import bpe_tokenizer, tiny_llama
 from .run_training import read_result, start
 from .test_data_parallel import dealt, difference
-from .test_sharding import SECONDS, SETTINGS, TOLERANCE, UNUSABLE, job, launch
+from .test_resume import assert_same_training
+from .test_sharding import SECONDS, SETTINGS, TOLERANCE, UNUSABLE, job, launch, train_killed_and_not
 
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install -c constraints.txt -e '.[deepspeed]'")
@@ -93,6 +94,12 @@ def test_zero_resumes_bit_for_bit_from_whole_checkpoints(results, stage, tmp_pat
     for path in (damaged / "global_step4").glob("*optim_states.pt"):
         path.unlink()
     assert find_damage(damaged) == "global_step4 has no optimizer states"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_killed_zero_run_ends_with_the_weights_of_an_uninterrupted_one(stage, tmp_path):
+    assert_same_training(*train_killed_and_not(stage, tmp_path))
 
 
 @pytest.mark.slow
