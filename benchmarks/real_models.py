@@ -415,9 +415,14 @@ class Run:
             row["iwae_bound"] = score_bounds(logps, samples.correction, s.sampling)["iwae_bound"].item()
             weights = importance_weights(logps, samples.correction)
             row["ess"] = effective_sample_size(weights).item()
-            taught = [question["documents"][place - 1] for place in samples.permutations[0, weights.argmax()].tolist()]
-            row["posterior_recall"] = float(any(is_relevant(document, question) for document in taught))
+            row["posterior_recall"] = recall_of_heaviest(question, samples.permutations[0], weights[0])
         return row
+
+
+def recall_of_heaviest(question: dict[str, Any], permutations: Tensor, weights: Tensor) -> float:
+    """Whether the permutation of the largest weight, of shape `(m, K)` and `(m,)`, has a relevant document."""
+    best = permutations[weights.argmax()].tolist()
+    return float(any(is_relevant(question["documents"][place - 1], question) for place in best if place))
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def write_report(rows: list[Row], out: Path) -> list[Path]:
     """
     tables = [table for table in (result_table(rows, out), prior_table(rows, out)) if table is not None]
     with (out / "table.md").open("w", encoding="utf-8") as file:
-        for console in (Console(width=260), Console(file=file, width=260)):
+        for console in (Console(width=320), Console(file=file, width=320)):
             for table in tables:
                 console.print(table)
     figure = result_figure(rows, out)

@@ -56,6 +56,7 @@ def test_zero_stages_that_are_supported_are_not_refused(monkeypatch, stage):
     for name, value in (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}).items():
         monkeypatch.setenv(name, value)
     refuse_engines(args)
+    assert engine_name(None, args) == f"ZeRO-{stage}"
 
 
 def test_zero_of_a_config_is_refused_by_its_stage_and_offload():

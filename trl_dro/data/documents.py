@@ -14,7 +14,7 @@ from markdown_it.token import Token
 
 from .lines import first_line, read_json_array, read_jsonl, read_lines, read_table, require_key
 from .schema import DatasetError
-from .sentences import split_sentences
+from .sentences import ENDS, split_sentences
 
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _row_text(cells: Iterable[tuple[str, str]]) -> str:
     """A row of a table with the names of its columns: `City: Rome; Limit: 120 EUR.`"""
     named = [f"{name}: {value}" if name else value for name, value in cells if value.strip()]
     text = "; ".join(" ".join(each.split()) for each in named)
-    return text if not text or text.endswith((".", "!", "?", "。", "！", "？")) else f"{text}."
+    return text if not text or text.endswith(ENDS) else f"{text}."
 
 
 def _table_texts(rows: Sequence[Sequence[str]]) -> list[str]:

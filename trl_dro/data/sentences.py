@@ -4,6 +4,8 @@
 import regex
 
 
+ENDS = (".", "!", "?", "。", "！", "？")
+"""Marks at the end of a sentence."""
 # What ends a sentence, with the quotes and brackets that close behind it: marks before white space that no small
 # letter follows; marks of Chinese and Japanese, unless what was quoted is inside of a sentence that goes on, as in
 # 「はい。」と答えた; and empty lines.

@@ -13,6 +13,7 @@ import torch
 
 from ..data.corpus import ID_KEYS, Corpus
 from ..data.schema import Document
+from ..data.sentences import ENDS
 from ..data.storage import content_key, locked
 from ..metrics.text import has_answer
 from ..model.rag_model import RAGModel
@@ -109,7 +110,7 @@ def statement(question: str, answer: str) -> str:
     question, answer = " ".join(question.split()), " ".join(answer.split())
     asked = f"{question[:1].upper()}{question[1:]}"
     asked += "" if asked.endswith(("?", "？")) else "?"
-    return f"{asked} {answer}{'' if answer.endswith(('.', '!', '?', '。')) else '.'}"
+    return f"{asked} {answer}{'' if answer.endswith(ENDS) else '.'}"
 
 
 def sift_pairs(
