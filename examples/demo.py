@@ -163,4 +163,5 @@ def main(world: WorldArguments, args: DROConfig, model_args: ModelConfig) -> Non
 if __name__ == "__main__":
     hush_libraries()
     parser = TrlParser((WorldArguments, DROConfig, ModelConfig))
-    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", str(RECIPE)]))
+    given = sys.argv[1:]
+    main(*parser.parse_args_and_config(given if "--config" in given else ["--config", str(RECIPE), *given]))

@@ -43,6 +43,41 @@ def test_best_passage_comes_first_by_text_title_or_single_letter(retriever, quer
     assert [document["id"] for document in documents] == [best]
 
 
+UNSPACED_CORPUS = [
+    {"id": "tower", "title": "東京タワー", "text": "東京タワーは1958年に竣工した電波塔である。"},
+    {"id": "castle", "title": "姫路城", "text": "姫路城は兵庫県姫路市にある城である。"},
+    {"id": "wall", "text": "长城是中国古代的军事防御工程。"},
+    {"id": "rice", "text": "ข้าวเป็นอาหารหลักของคนไทย"},
+    {"id": "bridge", "text": "สะพานพระราม ๘ ข้ามแม่น้ำเจ้าพระยา"},
+    {"id": "river", "text": "गंगा भारत की सबसे लंबी नदी है।"},
+    {"id": "well", "text": "यह गाँव के बीच का कुआँ था।"},
+]
+
+
+@pytest.mark.parametrize(
+    "query, best",
+    [
+        ("電波塔の東京タワーはいつ竣工しましたか", "tower"),
+        ("兵庫県にある城は何ですか", "castle"),
+        ("中国古代修建了什么军事工程？", "wall"),
+        ("คนไทยกินอะไรเป็นอาหาร", "rice"),
+        ("แม่น้ำใดที่สะพานข้าม", "bridge"),
+        ("भारत की नदी", "river"),
+        ("１９５８年", "tower"),  # of full width
+    ],
+)
+def test_questions_find_passages_in_scripts_without_spaces_and_with_marks(query, best):
+    [ranking] = BM25Retriever(UNSPACED_CORPUS, show_progress=False).search([query], k=7)
+    assert ranking[0]["id"] == best
+    assert ranking[0]["score"] > ranking[1]["score"]
+
+
+def test_a_vowel_sign_of_hindi_is_part_of_its_word():
+    """`re` cuts there, so that की and के would both be क."""
+    [ranking] = BM25Retriever(UNSPACED_CORPUS, show_progress=False).search(["की"], k=7)
+    assert [row["id"] for row in ranking if row["score"] > 0] == ["river"]
+
+
 def test_every_passage_is_ranked_once_whatever_the_query(retriever):
     for documents in retriever.search(["honey", "", "the", "xylophone"], k=5):
         assert sorted(document["id"] for document in documents) == ["p0", "p1", "p2", "p3", "p4"]

@@ -88,6 +88,8 @@ def shingles(text: str) -> list[str]:
     ['the', 'mill', '東京', '京都']
     ```
     """
+    if not _CHARACTER.search(text):
+        return text.split()
     found: list[str] = []
     for run in _RUN.findall(text):
         characters = _CHARACTER.findall(run)
