@@ -179,7 +179,7 @@ def choose_sizes(
             Updates, if they are given.
     """
     scores = num_weights is not None and num_weights < LEAST_TO_POINT
-    on_cpu = (5, 1, 5) if scores else (10, 2, 4)
+    on_cpu = (5, 1, 5) if scores else (10, 2, 8)
     n, k, m = (20, 5, 8) if accelerated else on_cpu
     candidates = min(n, num_passages)
     batch = min(4 if accelerated else 1, num_questions)
