@@ -93,13 +93,18 @@ def warm_up(world: WorldArguments, args: DROConfig, peft_config: LoraConfig, rec
     return load_role_adapters(AutoModelForCausalLM.from_pretrained(TINY_MODEL), **folders)
 
 
+def recall_cutoffs(scores: dict[str, float]) -> list[str]:
+    """Recalls that are known: K documents are selected."""
+    return [name for name in ("recall@1", "recall@3", "recall@5") if f"eval_{name}" in scores]
+
+
 def print_table(before: dict[str, float], after: dict[str, float]) -> None:
     """Retriever, warm start and DRO, in percent."""
     table = Table(title="Held-out questions", title_justify="left")
     table.add_column("")
-    for heading in ("EM, %", "F1, %", "Recall@1, %", "Recall@3, %", "Recall@5, %"):
+    cutoffs = recall_cutoffs(before)
+    for heading in ("EM, %", "F1, %", *(f"{name.capitalize()}, %" for name in cutoffs)):
         table.add_column(heading, justify="right")
-    cutoffs = ("recall@1", "recall@3", "recall@5")
     rows = {
         "retriever (BM25)": [None, None, *(before[f"eval_retriever_{name}"] for name in cutoffs)],
         "warm start": [before[f"eval_{name}"] for name in ("em", "f1", *cutoffs)],
@@ -115,7 +120,7 @@ def save_figure(
 ) -> None:
     """Scores before and after, and the bound on the answers' log-likelihood while training."""
     figure, (scores, bound) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    names = {"em": "EM", "f1": "F1", "recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5"}
+    names = {"em": "EM", "f1": "F1"} | {name: name.capitalize() for name in recall_cutoffs(before)}
     bars = {
         "retriever (BM25)": [before.get(f"eval_retriever_{name}", float("nan")) for name in names],
         "warm start": [before[f"eval_{name}"] for name in names],

@@ -38,7 +38,7 @@ def test_warm_start_dro_table_and_figure(script, tmp_path, capsys):
         )
     )
     output = capsys.readouterr().out
-    assert all(name in output for name in ("retriever (BM25)", "warm start", "DRO", "Recall@5, %"))
+    assert all(name in output for name in ("retriever (BM25)", "warm start", "DRO", "Recall@3, %"))
     # Logs of the warm start, too, are lines and no dicts.
     assert "Warm start of the selector, 8 examples." in output and output.count("trained for") == 3
     assert "{'" not in output
