@@ -169,8 +169,8 @@ def all_experiments(size: Size) -> dict[str, list[Setting]]:
             Setting("decoupled, documents labelled", trainer=None, teacher="answer"),
         ],
         "permutations": [
-            Setting("m=8", probe=estimator_variance),
-            *(Setting(f"m={m}", dro={"num_permutations": m}) for m in (1, 2, 4, 16)),
+            Setting(f"m={size.num_permutations}", probe=estimator_variance),
+            *(Setting(f"m={m}", dro={"num_permutations": m}) for m in (1, 2, 4, 8, 16) if m != size.num_permutations),
         ],
         "estimators": [
             Setting("rws_centered"),
