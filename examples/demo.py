@@ -165,8 +165,12 @@ def main(world: WorldArguments, args: DROConfig, model_args: ModelConfig) -> Non
     print(f"Both adapters are in {args.output_dir}/selector and {args.output_dir}/generator, the figure is {figure}.")
 
 
+def parse_arguments(given: list[str]) -> tuple[WorldArguments, DROConfig, ModelConfig]:
+    """Flags win over the demo's recipe, or over another one that `--config` names."""
+    recipe = [] if "--config" in given else ["--config", str(RECIPE)]
+    return TrlParser((WorldArguments, DROConfig, ModelConfig)).parse_args_and_config([*recipe, *given])
+
+
 if __name__ == "__main__":
     hush_libraries()
-    parser = TrlParser((WorldArguments, DROConfig, ModelConfig))
-    given = sys.argv[1:]
-    main(*parser.parse_args_and_config(given if "--config" in given else ["--config", str(RECIPE), *given]))
+    main(*parse_arguments(sys.argv[1:]))

@@ -2,9 +2,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig, TrlParser
 
-from trl_dro import DROConfig
 from trl_dro.demo.tiny import GENERATOR_TEMPLATE, SELECTOR_TEMPLATE
 
 
@@ -19,8 +17,13 @@ def script():
 
 
 def parse(script, *arguments):
-    parser = TrlParser((script.WorldArguments, DROConfig, ModelConfig))
-    return parser.parse_args_and_config(["--config", str(script.RECIPE), *map(str, arguments), "--use_cpu"])
+    return script.parse_arguments([*map(str, arguments), "--use_cpu"])
+
+
+def test_flags_win_over_the_recipe_and_need_not_name_it(script):
+    world, args, model = parse(script, "--seed", 5, "--num_permutations", 2)
+    assert (args.seed, args.num_permutations, args.num_selected, world.world_seed) == (5, 2, 3, 7)
+    assert model.use_peft
 
 
 def test_recipe_has_the_prompts_that_the_tiny_model_was_trained_with(script):
