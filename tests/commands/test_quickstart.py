@@ -161,4 +161,6 @@ def test_sizes_fit_whatever_there_is(num_passages, num_questions, accelerated, n
     assert 1 <= sizes.batch_size * sizes.accumulation <= min(8, num_questions)
     assert sizes.warmup_steps <= sizes.max_steps <= (2000 if accelerated else 200)
     assert (sizes.warmup_steps == 0) == (sizes.selector_form == "query_likelihood") == (num_weights == 135_000_000)
+    scores_on_cpu = not accelerated and num_weights == 135_000_000  # draws all five documents, each once
+    assert sizes.num_permutations == (5 if scores_on_cpu else 8)
     assert choose_sizes(num_passages, num_questions, accelerated, num_weights, 7).max_steps == 7

@@ -88,10 +88,11 @@ def shingles(text: str) -> list[str]:
     ['the', 'mill', '東京', '京都']
     ```
     """
-    if not _CHARACTER.search(text):
-        return text.split()
+    runs: list[str] = _RUN.findall(text)
+    if not _CHARACTER.search(text):  # nothing to pair, as in most texts
+        return runs
     found: list[str] = []
-    for run in _RUN.findall(text):
+    for run in runs:
         characters = _CHARACTER.findall(run)
         found += [one + other for one, other in pairwise(characters)] if len(characters) > 1 else [run]
     return found
