@@ -14,7 +14,7 @@ from trl_dro.metrics import KILTF1, KILTExactMatch, exact_match, f1
 
 def words_by_definition(text):
     """Character by character, with no regular expression: words between white space or, for articles, at any edge."""
-    kept = [character for character in text.lower() if character not in string.punctuation]
+    kept = [character for character in text.lower() if character not in string.punctuation + "。、！"]
     words, run = [], []
 
     def close():
@@ -32,18 +32,28 @@ def words_by_definition(text):
     return "".join(words).split()
 
 
+def units_by_definition(text):
+    """Words, and each ideograph and kana by itself."""
+    marked = (
+        "".join(f" {sign} " if "\u3040" <= sign <= "\u9fff" else sign for sign in word)
+        for word in words_by_definition(text)
+    )
+    return " ".join(marked).split()
+
+
 def scores_by_definition(prediction, answers):
     given = [answer for answer in answers if answer.strip()]
-    predicted = words_by_definition(prediction)
+    predicted = units_by_definition(prediction)
     best = Fraction(0)
     for answer in given:
-        gold = words_by_definition(answer)
+        gold = units_by_definition(answer)
         left = list(gold)
         shared = sum(1 for word in predicted if word in left and (left.remove(word) or True))
         if shared:
             precision, recall = Fraction(shared, len(predicted)), Fraction(shared, len(gold))
             best = max(best, 2 * precision * recall / (precision + recall))
-    equal = bool(prediction.strip()) and any(predicted == words_by_definition(answer) for answer in given)
+    words = words_by_definition(prediction)
+    equal = bool(prediction.strip()) and any(words == words_by_definition(answer) for answer in given)
     return float(equal), float(best)
 
 
@@ -65,7 +75,9 @@ def scores_by_definition(prediction, answers):
         ("STRASSE", ["straße"], 0, 0),  # lowercase, not case folding
         ("“quoted”", ["quoted"], 0, 0),  # only ASCII punctuation goes
         ("the—end", ["—end"], 1, 1),  # a dash that stays is an edge of the article
-        ("東京 都", ["東京都"], 0, 0),
+        ("東京 都", ["東京都"], 0, 1),  # ideographs are the words of F1
+        ("東京。", ["「東京」", "東京"], 1, 1),  # punctuation of Chinese and Japanese goes
+        ("東京タワー", ["東京"], 0, 4 / 7),
         ("東京\u3000都", ["東京 都"], 1, 1),  # wide space is white space
         ("non\u00a0breaking", ["non breaking"], 1, 1),
         ("zero\u200bwidth", ["zero width"], 0, 0),  # and a zero-width one is not
@@ -90,7 +102,7 @@ def test_hard_cases(prediction, answers, em, best):
 def random_text(draw):
     pieces = [
         *("the The a an AN theme", "a.n", "t-he", "U.S.", "it's", "_the_", "x", "X", "é", "e\u0301", "İ", "ß", "ﬁ"),
-        *("日本", "“", "”", "—", "\u00a0", "\u3000", "\u200b", "\t", "\n", "  ", "1,000", "½", "²", "!", "", "the"),
+        *("日本", "本", "。", "“", "”", "—", "\u00a0", "\u3000", "\u200b", "\t", "\n", "  ", "1,000", "½", "²", "!", "", "the"),
         *string.punctuation,
         *string.ascii_letters[:8],
     ]

@@ -45,6 +45,7 @@ def test_exact_match_takes_the_best_gold_answer():
         ("John John", ["John"], 2 / 3),  # a repeated word counts as often as the gold answer has it
         ("on 7 February 2008", ["7 February 2008", "2008"], 6 / 7),
         ("", ["John"], 0.0),
+        ("กรุงเทพ", ["เทพ"], 6 / 9),  # of characters where no spaces part words, marks with their letters
         ("", ["The"], 0.0),  # no shared word, though both are empty after normalisation
     ],
 )

@@ -5,6 +5,7 @@ References:
     [1] P. Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016.
     [2] F. Petroni et al., KILT: a Benchmark for Knowledge Intensive Language Tasks, NAACL 2021.
     [3] V. Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020.
+    [4] P. Lewis et al., MLQA: Evaluating Cross-lingual Extractive Question Answering, ACL 2020.
 """
 
 import re
@@ -18,7 +19,10 @@ import regex
 from ..data.words import CHARACTER, UNSPACED, split_words
 
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# ASCII punctuation, and that of Chinese and Japanese texts.
+_EAST_ASIAN = "".join(map(chr, [*range(0x3000, 0x3040), 0x30FB, *range(0xFF01, 0xFF66)]))
+_WIDE_PUNCTUATION = "".join(sign for sign in _EAST_ASIAN if unicodedata.category(sign).startswith("P"))
+_PUNCTUATION = str.maketrans("", "", string.punctuation + _WIDE_PUNCTUATION)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # A run of letters, digits and marks, or any single character that is neither space nor control [3]; letters of scripts
 # that put no spaces between words each by itself, where a run would be a whole sentence.
@@ -30,6 +34,7 @@ def normalize_answer(text: str) -> str:
 
     In this order: lowercase, remove ASCII punctuation, replace the articles a, an, the by a space, collapse white
     space. Punctuation goes without leaving a space, so `"U.S."` and `"US"` are equal and `"well-known"` is one word.
+    That of Chinese and Japanese goes too, as in MLQA [4], so `"東京。"` and `"東京"` are equal.
 
     Args:
         text (`str`): answer or prediction.
@@ -90,6 +95,8 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Harmonic mean of the precision and recall of a prediction's words, after normalisation.
 
+    Where no spaces part words, of its characters, as in MLQA [4], see [`~data.words.split_words`].
+
     Args:
         prediction (`str`): generated answer.
         answers (`Sequence[str]`): gold answers, at least one.
@@ -101,8 +108,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(prediction: str, answer: str) -> float:
-    prediction_words = normalize_answer(prediction).split()
-    answer_words = normalize_answer(answer).split()
+    prediction_words = split_words(normalize_answer(prediction))
+    answer_words = split_words(normalize_answer(answer))
     num_shared = (Counter(prediction_words) & Counter(answer_words)).total()
     # 2PR/(P+R) with P = shared/len(prediction) and R = shared/len(answer).
     return 2 * num_shared / (len(prediction_words) + len(answer_words)) if num_shared else 0.0
