@@ -3,10 +3,12 @@ import json
 
 import pytest
 
+from trl_dro.commands import questions
 from trl_dro.commands.cli import run
 from trl_dro.commands.questions import QuestionWritingArguments, write_questions
 from trl_dro.data import DatasetError, read_questions
 from trl_dro.synthetic import gates
+from trl_dro.synthetic.writers import Pair, Written
 
 from ..synthetic.test_writers import chat  # noqa: F401
 from ..tiny_models import TOKENIZERS, tiny_llama
@@ -82,12 +84,55 @@ def test_a_model_alone_writes_and_says_when_nothing_can_be_used(documents, tmp_p
     assert len(lines(tmp_path / "out" / "candidates.jsonl")) == 2
 
 
+class TownWriter:
+    """Asks who built for a town, and of two towns for the one that has another's builder."""
+
+    at_once = 4
+    settings = {"name": "towns"}
+
+    def write(self, sources, count):
+        numbers = [[passage["title"] for passage in source] for source in sources]
+        return [
+            Written([Pair(f"Who built the old mill {' like Person'.join(of_one)}?", f"Person{of_one[0]}")], 1)
+            for of_one in numbers
+        ]
+
+
+def test_questions_of_two_passages_name_both_and_none_joins_the_sides(documents, tmp_path, monkeypatch, capsys):
+    for path in documents.iterdir():  # all share a name
+        path.write_text(f"{path.read_text()} by order of Anna Brown")
+    monkeypatch.setattr(questions, "Endpoint", lambda *arguments: TownWriter())
+    command = ["questions", str(documents), "--api_base", "http://h/v1", "--api_model", "m", "--max_pairs", "6"]
+    command += ["--cache_dir", str(tmp_path / "cache"), "--dev_share", "0.4"]
+    run([*command, "--output_dir", str(tmp_path / "out")])
+    assert "about 8 passages and 6 pairs were written" in capsys.readouterr().out
+    train, dev = read_questions(tmp_path / "out" / "train.jsonl"), read_questions(tmp_path / "out" / "dev.jsonl")
+    of_two = [row for row in [*train, *dev] if len(row["positive_ids"]) == 2]
+    assert len(of_two) > 2
+    for row in of_two:
+        assert row["question"].split(" like Person")[1] == row["positive_ids"][1].removesuffix(".txt#0") + "?"
+    held_out = {name for row in dev for name in row["positive_ids"]}
+    assert held_out and not held_out & {name for row in train for name in row["positive_ids"]}
+
+    crossing = lambda corpus, places, *others: [  # noqa: E731
+        tuple(corpus.documents([one, other])) for one in places for other in places if one < other
+    ]
+    monkeypatch.setattr(questions, "choose_pairs", crossing)
+    run([*command, "--output_dir", str(tmp_path / "all")])
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert summary["num_pairs"] == 28 and summary["refused"][gates.BOTH_SIDES] > 5
+    refused = [row for row in lines(tmp_path / "all" / "refused.jsonl") if row["refused"] == gates.BOTH_SIDES]
+    held_out = {row["positive_ids"][0] for row in lines(tmp_path / "all" / "dev.jsonl")}
+    assert all(len(held_out & set(row["passage_ids"])) == 1 for row in refused)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({}, "nobody to write questions: pass --model_name_or_path, or"),
         ({"api_base": "http://h/v1"}, "--api_base and --api_model go together"),
         ({"model_name_or_path": "m", "max_passages": 0}, "--max_passages 0"),
+        ({"model_name_or_path": "m", "max_pairs": -1}, "--max_pairs -1"),
         ({"model_name_or_path": "m", "dev_share": 1.0}, "--dev_share 1.0"),
     ],
 )

@@ -31,7 +31,7 @@ PASSAGE = {"id": "a#0", "title": "Bleak House", "text": "Bleak House is a novel 
     ],
 )
 def test_texts_alone_refuse_what_nobody_could_ask_or_answer(question, answer, reason):
-    assert refuse_by_text(Pair(question, answer), PASSAGE) == reason
+    assert refuse_by_text(Pair(question, answer), [PASSAGE]) == reason
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,15 @@ def test_texts_alone_refuse_what_nobody_could_ask_or_answer(question, answer, re
 )
 def test_questions_in_scripts_without_spaces_pass_the_same_gates(question, answer, reason):
     text = "青函トンネルは本州と北海道を結び、1988年に開業した鉄道トンネルである。"
-    assert refuse_by_text(Pair(question, answer), {"text": text}) == reason
+    assert refuse_by_text(Pair(question, answer), [{"text": text}]) == reason
+
+
+def test_an_answer_may_stand_in_either_of_two_passages():
+    source = [{"text": "Bakery Nord was founded by Ada Stone."}, {"text": "Ada Stone climbed Mont Blanc in 1931."}]
+    asked = "When did the founder of Bakery Nord climb Mont Blanc?"
+    assert refuse_by_text(Pair(asked, "1931"), source) is None
+    assert refuse_by_text(Pair(asked, "1931"), source[:1]) == gates.NOT_IN_PASSAGE
+    assert refuse_by_text(Pair("Who stands in both passages?", "Ada Stone"), source) == gates.ABOUT_THE_PASSAGE
 
 
 def test_near_duplicates_are_found_in_scripts_without_spaces():

@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
 import http.server
+import itertools
 import json
 import threading
 
@@ -39,18 +40,22 @@ def local(request):
     return LocalModel(tiny_llama(tokenizer), tokenizer, question_words=("who", "when", "how many"))
 
 
+SOURCES = [PASSAGES[:1], PASSAGES[1:], PASSAGES]
+
+
 @torch.no_grad()
 def test_a_model_writes_on_as_if_it_had_read_the_whole_prompt_anew(local, monkeypatch):
     seen = []
     monkeypatch.setattr(writers, "MAX_NEW_TOKENS", 30)
     monkeypatch.setattr(writers, "parse_pairs", lambda text: seen.append(text) or [])
-    local.write(PASSAGES, 2)
-    words = [("who", "when"), ("how many", "who")]  # they take turns
+    local.write(SOURCES, 2)
+    words = [("who", "when"), ("how many", "who"), ("when", "how many")]  # they take turns
     expected = []
-    for passage, of_passage in zip(PASSAGES, words, strict=True):
-        for word in of_passage:
-            parts = ["Passage:", f" {writers.passage_text(passage)}", "\n", f"Question: {word}"]
-            ids = local.tokenizer(writers.SHOTS).input_ids
+    for source, of_source in zip(SOURCES, words, strict=True):
+        for word in of_source:
+            parts = [part for each in source for part in ("Passage:", f" {writers.passage_text(each)}", "\n")]
+            parts.append(f"Question: {word}")
+            ids = local.tokenizer("".join(writers.SHOTS[len(source)])).input_ids
             ids += [i for part in parts for i in local.tokenizer(part, add_special_tokens=False).input_ids]
             length = len(ids)
             text = ""
@@ -58,24 +63,30 @@ def test_a_model_writes_on_as_if_it_had_read_the_whole_prompt_anew(local, monkey
                 ids.append(int(local.model(torch.tensor([ids])).logits[0, -1].argmax()))
                 text = local.tokenizer.decode(ids[length:], skip_special_tokens=True)
             expected.append(f"Question: {word}{text}")
-    for text, plain in zip(seen, expected, strict=True):  # the cap on tokens counts from the longest beginning
-        assert text.startswith(plain) and len(plain) > 15
+    for text, plain in zip(seen, expected, strict=True):
+        # The cap on tokens counts from the longest beginning, and cuts within a character.
+        assert text.startswith(plain.rstrip("\ufffd")) and len(plain) > 15
     assert len(set(seen)) > 1
 
 
 @torch.no_grad()
-def test_gains_are_differences_of_log_likelihoods_one_by_one(local):
+@pytest.mark.parametrize("source", SOURCES[::2], ids=["one passage", "two"])
+def test_gains_are_over_the_best_of_less(local, source):
     pairs = [Pair("Who was born in Paris?", "Anna Brown"), Pair("When?", "1907")]
-    for pair, gain in zip(pairs, local.gains(PASSAGES[0], pairs), strict=True):
+    for pair, gain in zip(pairs, local.gains(source, pairs), strict=True):
         answer = local.tokenizer(f" {pair.answer}", add_special_tokens=False).input_ids
-        logps = []
-        for start in (f"Passage: {writers.passage_text(PASSAGES[0])}\n", ""):
-            prompt = local.tokenizer(start).input_ids if start else []
-            asked = f"Question: {pair.question}\nAnswer:"
-            prompt = prompt + local.tokenizer(asked, add_special_tokens=not start).input_ids
-            logits = local.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            logps.append(sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)))
-        assert gain == pytest.approx(logps[0] - logps[1], abs=1e-3)
+        logps = {}
+        for size in range(len(source) + 1):
+            for part in itertools.combinations(range(len(source)), size):
+                texts = [f"Passage: {writers.passage_text(source[i])}\n" for i in part]
+                prompt = []
+                for text in [*texts, f"Question: {pair.question}\nAnswer:"]:
+                    prompt += local.tokenizer(text, add_special_tokens=not prompt).input_ids
+                logits = local.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                logps[part] = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+        whole = logps.pop(tuple(range(len(source))))
+        assert len(logps) == 2 * len(source) - 1
+        assert gain == pytest.approx(whole - max(logps.values()), abs=1e-3)
 
 
 class Chat(http.server.BaseHTTPRequestHandler):
@@ -124,11 +135,14 @@ def test_an_endpoint_is_asked_with_its_key_and_again_while_it_is_busy(chat, monk
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     chat.failures = [(429, {"Retry-After": "0"}), (503, {})]
     endpoint = Endpoint(chat.address, "some-model", pause=0.01)
-    first, second = endpoint.write(PASSAGES, 2)
+    first, second, both = endpoint.write(SOURCES, 2)
     assert first.pairs == [Pair("Who is 1907?", "Anna"), Pair("Where?", "there")] and first.tokens == 7
     assert second.pairs[0] == Pair("Who is 1950?", "The")
-    assert endpoint.write(PASSAGES[:1], 1)[0].pairs == first.pairs[:1]
-    assert len(chat.seen) == 5
+    assert both.pairs[0] == second.pairs[0]  # of the last passage
+    [prompt] = [text for *_, body in chat.seen if "both passages" in (text := body["messages"][0]["content"])]
+    assert prompt.endswith("".join(f"Passage: {writers.passage_text(each)}\n" for each in PASSAGES))
+    assert endpoint.write(SOURCES[:1], 1)[0].pairs == first.pairs[:1]
+    assert len(chat.seen) == 6
     assert {(path, key) for path, key, _ in chat.seen} == {("/v1/chat/completions", "Bearer sk-secret")}
     assert chat.seen[0][2]["model"] == "some-model" and "sk-secret" not in json.dumps(endpoint.settings)
 
@@ -146,7 +160,7 @@ def test_an_endpoint_that_refuses_ends_with_one_line_without_the_key(chat, monke
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     chat.failures = [failure] * times
     with pytest.raises(DatasetError, match=message) as error:
-        Endpoint(chat.address, "m", attempts=3, pause=0.01).write(PASSAGES[:1], 2)
+        Endpoint(chat.address, "m", attempts=3, pause=0.01).write(SOURCES[:1], 2)
     assert "\n" not in str(error.value) and "sk-secret" not in str(error.value)
     assert len(chat.seen) == min(times, 3)
 

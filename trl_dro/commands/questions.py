@@ -13,8 +13,8 @@ from ..data.resumable import write_json
 from ..data.schema import DatasetError
 from ..data.storage import DEFAULT_CACHE_DIR, write_whole
 from ..retrieval import BM25Retriever
-from ..synthetic.gates import GATES, sift
-from ..synthetic.job import choose_passages, split_by_document, write_candidates
+from ..synthetic.gates import BOTH_SIDES, GATES, sift
+from ..synthetic.job import choose_pairs, choose_passages, split_by_document, write_candidates
 from ..synthetic.writers import QUESTION_WORDS, Endpoint, LocalModel, Writer
 from ..system.run_folder import LoadOptions
 from .arguments import CORPUS_HELP, CuttingArguments, check_range
@@ -46,12 +46,14 @@ class QuestionWritingArguments(CuttingArguments):
             Questions about each passage.
         max_passages (`int`, *optional*):
             Passages to write about, drawn at random; all by default.
+        max_pairs (`int`, *optional*, defaults to `0`):
+            Pairs of passages that share a name to write about, too: questions that take both.
         question_words (`list[str]`, *optional*, defaults to `who when where what which how many`):
             First words that a local model's questions begin with, in turn.
         min_gain (`float`, *optional*, defaults to `2.0`):
-            Nats by which its passage must make an answer likelier.
+            Nats by which its passage must make an answer likelier, and a pair than the better one of its passages.
         retrieved_within (`int`, *optional*, defaults to `20`):
-            Rank by which BM25 must find the passage.
+            Rank by which BM25 must find the passage, or both.
         dev_share (`float`, *optional*, defaults to `0.2`):
             Share of the questions that is held out, of documents of their own.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -80,6 +82,10 @@ class QuestionWritingArguments(CuttingArguments):
     max_passages: int | None = field(
         default=None, metadata={"help": "Passages to write about, drawn at random; all by default."}
     )
+    max_pairs: int = field(
+        default=0,
+        metadata={"help": "Pairs of passages that share a name to write about, for questions that take both."},
+    )
     question_words: list[str] = field(
         default_factory=lambda: list(QUESTION_WORDS),
         metadata={"help": "First words of a local model's questions, which take turns."},
@@ -105,6 +111,7 @@ class QuestionWritingArguments(CuttingArguments):
             raise ValueError("--api_base and --api_model go together: an endpoint's address and its model's name")
         self.cut()
         check_range(self, ["questions_per_passage", "max_passages", "retrieved_within"], 1)
+        check_range(self, ["max_pairs"], 0)
         check_range(self, ["dev_share"], 0, 0.9)
 
 
@@ -117,8 +124,8 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
             Passages, writer and gates.
 
     Returns:
-        `dict[str, Any]`: what `summary.json` holds: `num_passages`, `num_written`, `refused` by reason, `num_train`,
-        `num_dev`, `seconds` and `tokens`.
+        `dict[str, Any]`: what `summary.json` holds: `num_passages`, `num_pairs`, `num_written`, `refused` by reason,
+        `num_train`, `num_dev`, `seconds` and `tokens`.
 
     Raises:
         `DatasetError`: the corpus cannot be read, the endpoint gives no answer, or no question passes.
@@ -140,9 +147,10 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
     assert writer is not None  # one of them is asked for
     count, within = args.questions_per_passage, args.retrieved_within
     depth = max(within, 20)  # so that the gate can be moved without writing anew
-    rows = write_candidates(corpus, places, writer, judge, retriever, args.output_dir, count, depth)
+    pairs = choose_pairs(corpus, places, retriever, args.max_pairs, args.dev_share, args.seed)
+    rows = write_candidates(corpus, places, pairs, writer, judge, retriever, args.output_dir, count, depth)
     candidates = [
-        {**each, "passage_id": row["passage_id"], "document": row["document"]}
+        {**each, "passage_ids": row["passage_ids"], "sources": row["sources"]}
         for row in rows
         for each in row["candidates"]
     ]
@@ -152,8 +160,8 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
             "id": each["id"],
             "question": each["question"],
             "answers": [each["answer"]],
-            "positive_ids": [each["passage_id"]],
-            "document": each["document"],
+            "positive_ids": each["passage_ids"],
+            "sources": each["sources"],
             "rank": each["rank"],
             "gain": each["gain"],
         }
@@ -161,9 +169,14 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
         if each["refused"] is None
     ]
     train, dev = split_by_document(kept, args.dev_share)
+    placed = {each["id"] for each in [*train, *dev]}
+    for each in candidates:
+        if each["refused"] is None and each["id"] not in placed:
+            each["refused"] = BOTH_SIDES
     reasons = Counter(each["refused"] for each in candidates if each["refused"])
     summary = {
-        "num_passages": len(rows),
+        "num_passages": len(places),
+        "num_pairs": len(pairs),
         "num_written": len(candidates),
         "refused": {gate: reasons[gate] for gate in GATES},
         "num_train": len(train),
@@ -198,8 +211,9 @@ def write_lines(path: Path, rows: Sequence[Row]) -> None:
 
 def print_summary(summary: Row, folder: Path) -> None:
     """Prints what became of the questions, gate by gate."""
+    pairs = f" and {summary['num_pairs']:,} pairs" if summary["num_pairs"] else ""
     print(
-        f"{summary['num_written']:,} questions about {summary['num_passages']:,} passages were written, in "
+        f"{summary['num_written']:,} questions about {summary['num_passages']:,} passages{pairs} were written, in "
         f"{summary['seconds']:,.0f} s and {summary['tokens']:,} tokens."
     )
     for gate, number in summary["refused"].items():

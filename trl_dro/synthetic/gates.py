@@ -8,10 +8,9 @@ from typing import Any
 
 import regex
 
-from ..data.schema import Document
 from ..data.words import count_words, shingles
 from ..metrics.text import has_answer, normalize_answer
-from .writers import Pair
+from .writers import Pair, Source
 
 
 # Reasons of refusal, in the order in which they are looked for: from what costs nothing to what takes a model.
@@ -23,7 +22,18 @@ WRONG_KIND = "answer is of another kind"
 NOT_RETRIEVED = "passage is not retrieved"
 LOW_GAIN = "passage does not help"
 DUPLICATE = "near-duplicate"
-GATES = (FORM, ABOUT_THE_PASSAGE, GIVEN_AWAY, NOT_IN_PASSAGE, WRONG_KIND, NOT_RETRIEVED, LOW_GAIN, DUPLICATE)
+BOTH_SIDES = "needs what is held out"
+GATES = (
+    FORM,
+    ABOUT_THE_PASSAGE,
+    GIVEN_AWAY,
+    NOT_IN_PASSAGE,
+    WRONG_KIND,
+    NOT_RETRIEVED,
+    LOW_GAIN,
+    DUPLICATE,
+    BOTH_SIDES,
+)
 
 MAX_ANSWER_WORDS = 8
 MAX_QUESTION_WORDS = 30
@@ -31,7 +41,7 @@ SAME_WORDS = 0.8  # share of the words, see data/words.py, of two questions that
 
 _POINTS_AT_PASSAGE = re.compile(
     r"\b(?:this|that|given|above|following) (?:passage|paragraph|text|article|excerpt|document|section|story|author)\b"
-    r"|\bthe (?:passage|paragraph|excerpt|narrator)\b"
+    r"|\b(?:the|both|two|first|second|other) (?:passages?|paragraphs?|excerpts?|narrator)\b"
     # The author of a book may well be asked for.
     r"|\bthe (?:text|article|document|section|author|writer|story|speaker)\b(?! (?:of|for|who|that))"
     r"|\b(?:mentioned|described|quoted) (?:above|here|below)\b"
@@ -54,15 +64,15 @@ _KINDS = (
 )
 
 
-def refuse_by_text(pair: Pair, passage: Document) -> str | None:
+def refuse_by_text(pair: Pair, source: Source) -> str | None:
     """
     The first gate, of those that need nothing but the texts, which a question does not pass; `None` if it passes all.
 
     Args:
         pair ([`~writers.Pair`]):
             Question and answer.
-        passage (`dict`):
-            The passage it was written from.
+        source (`list[dict]`):
+            The passage that it was written from, or both.
     """
     in_question, in_answer = count_words(pair.question), count_words(pair.answer)
     if not 3 <= in_question <= MAX_QUESTION_WORDS or not 1 <= in_answer <= MAX_ANSWER_WORDS:
@@ -71,7 +81,7 @@ def refuse_by_text(pair: Pair, passage: Document) -> str | None:
         return ABOUT_THE_PASSAGE
     if has_answer(pair.question, [pair.answer]):
         return GIVEN_AWAY
-    if not has_answer(passage["text"], [pair.answer]):
+    if not any(has_answer(passage["text"], [pair.answer]) for passage in source):
         return NOT_IN_PASSAGE
     fits = all(holds.search(pair.answer) for asks, holds in _KINDS if asks.match(pair.question))
     return None if fits else WRONG_KIND
@@ -132,7 +142,8 @@ def sift(candidates: Sequence[dict[str, Any]], min_gain: float, retrieved_within
     Args:
         candidates (`list[dict]`):
             Each with `question`, and `refused` if its text was refused; `rank` of its passage in the retriever's
-            ranking, `None` if it was not found; `gain` in nats, `None` if nobody judged it.
+            ranking, of the lower one if it has two, `None` if one was not found; `gain` in nats, `None` if nobody
+            judged it.
         min_gain (`float`):
             Least gain.
         retrieved_within (`int`):

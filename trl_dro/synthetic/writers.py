@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_dro Authors. Licensed under the Apache License, Version 2.0.
-"""Who writes questions about a passage: a language model here, or one behind an OpenAI-compatible endpoint."""
+"""Who writes questions about a passage or two: a language model here, or one behind an OpenAI-compatible endpoint."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -31,39 +32,69 @@ QUESTION_WORDS = ("who", "when", "where", "what", "which", "how many")
 MAX_PASSAGE_TOKENS = 512
 MAX_NEW_TOKENS = 64
 
+BAKERY = (
+    "Bakery Nord: Bakery Nord is a bakery in Lindau, founded by Ada Stone in 1921. It sells rye bread, and was the "
+    "first bakery in Bavaria to bake with solar power."
+)
+RIVER = (
+    "Oker: The Oker is a river in Lower Saxony, Germany, 128 kilometres long. It rises in the Harz mountains and "
+    "flows into the Aller near Meinersen."
+)
+FILM = (
+    "Second Harvest (film): Second Harvest is a drama film directed by Lena Brook. Its score, by Tomas Vial, won the "
+    "Silver Reel award. It was released in March 1987."
+)
 # One question each: a model that reads several in a row begins to repeat itself.
-EXAMPLES = (
-    (
-        "Bakery Nord: Bakery Nord is a bakery in Lindau, founded by Ada Stone in 1921. It sells rye bread, and was "
-        "the first bakery in Bavaria to bake with solar power.",
-        "who founded Bakery Nord?",
-        "Ada Stone",
+EXAMPLES = {  # by the number of passages
+    1: (
+        ((BAKERY,), "who founded Bakery Nord?", "Ada Stone"),
+        ((RIVER,), "where does the river Oker rise?", "the Harz mountains"),
+        ((FILM,), "when was the film Second Harvest released?", "March 1987"),
     ),
-    (
-        "Oker: The Oker is a river in Lower Saxony, Germany, 128 kilometres long. It rises in the Harz mountains and "
-        "flows into the Aller near Meinersen.",
-        "where does the river Oker rise?",
-        "the Harz mountains",
+    2: (
+        (
+            (BAKERY, "Ada Stone: Ada Stone was a baker and mountaineer. She climbed Mont Blanc in 1931."),
+            "when did the founder of Bakery Nord climb Mont Blanc?",
+            "1931",
+        ),
+        (
+            ("Aller: The Aller is a river 215 kilometres long. It flows through the town of Celle.", RIVER),
+            "which town lies on the river that the Oker flows into?",
+            "Celle",
+        ),
+        (
+            (FILM, "Lena Brook: Lena Brook is a director from Porto, where she went to school with Ana Reis."),
+            "who went to school with the director of Second Harvest?",
+            "Ana Reis",
+        ),
     ),
-    (
-        "Second Harvest (film): Second Harvest is a drama film directed by Lena Brook. Its score, by Tomas Vial, won "
-        "the Silver Reel award. It was released in March 1987.",
-        "when was the film Second Harvest released?",
-        "March 1987",
-    ),
-)
-SHOTS = "".join(
-    f"Passage: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n" for passage, question, answer in EXAMPLES
-)
+}
+SHOTS = {
+    number: [
+        "".join(f"Passage: {passage}\n" for passage in passages) + f"Question: {question}\nAnswer: {answer}\n\n"
+        for passages, question, answer in examples
+    ]
+    for number, examples in EXAMPLES.items()
+}
+ASKED_FOR = {
+    1: "that the passage below answers, each about another fact of it. A reader who has not seen the passage must "
+    "understand each question, so name what it is about, and never write of the passage, the text or its author. The "
+    "answer is a name, date, number or short phrase copied from the passage word for word.",
+    2: "that take both passages below to answer: each asks about a fact of one passage, and says what it asks about "
+    "only by a fact of the other, without the name that links them. A reader who has not seen the passages must "
+    "understand each question, so never write of the passages, the texts or their authors. The answer is a name, "
+    "date, number or short phrase copied from a passage word for word.",
+}
 INSTRUCTION = (
-    "You write questions for a search engine's test. Write {count} questions that the passage below answers, each "
-    "about another fact of it. A reader who has not seen the passage must understand each question, so name what it "
-    "is about, and never write of the passage, the text or its author. The answer is a name, date, number or short "
-    "phrase copied from the passage word for word. Write nothing but lines of the form\nQuestion: …\nAnswer: …\n\n"
-    "An example:\n\n{example}\n\nPassage: {passage}\n"
+    "You write questions for a search engine's test. Write {count} questions {asked_for} Write nothing but lines of "
+    "the form\nQuestion: …\nAnswer: …\n\nAn example:\n\n{example}\n\n{passages}"
 )
 
 _PAIR = re.compile(r"^\W*Question(?: \d+)?\W*:[ \t]*(.+?)\s*\n\W*Answer(?: \d+)?\W*:[ \t]*(.+?)[ \t]*$", re.MULTILINE)
+
+
+# What one question is about: a passage, or two that share a name.
+Source = Sequence[Document]
 
 
 class Pair(NamedTuple):
@@ -90,8 +121,8 @@ class Writer(Protocol):
         """What its questions depend on, in values that JSON can hold."""
         ...
 
-    def write(self, passages: Sequence[Document], count: int) -> list[Written]:
-        """Up to `count` questions about each of at most `at_once` passages."""
+    def write(self, sources: Sequence[Source], count: int) -> list[Written]:
+        """Up to `count` questions about each of at most `at_once` passages or pairs of passages."""
         ...
 
 
@@ -150,7 +181,7 @@ class LocalModel:
         self.name = name
         self.question_words = tuple(question_words)
         self._turn = 0
-        self._shots: tuple[list[int], Any] | None = None
+        self._shots: dict[int, tuple[list[int], Any]] = {}
 
     @classmethod
     def from_pretrained(
@@ -171,21 +202,25 @@ class LocalModel:
         self._turn = row
 
     @torch.no_grad()
-    def write(self, passages: Sequence[Document], count: int) -> list[Written]:
+    def write(self, sources: Sequence[Source], count: int) -> list[Written]:
         """See [`Writer`]."""
-        return [self._write_one(passage, count) for passage in passages]
+        return [self._write_one(source, count) for source in sources]
 
-    def _write_one(self, passage: Document, count: int) -> Written:
+    def _write_one(self, source: Source, count: int) -> Written:
         count = min(count, len(self.question_words))
         words = [self.question_words[(self._turn * count + i) % len(self.question_words)] for i in range(count)]
         self._turn += 1
         device = self.model.device
-        shots, cache = self._read_shots()
+        shots, cache = self._read_shots(len(source))
         head = self.tokenizer("Passage:", add_special_tokens=False).input_ids
-        body = self.tokenizer(f" {passage_text(passage)}", add_special_tokens=False).input_ids
-        context = longest_sequence(self.model.config) or len(shots) + MAX_PASSAGE_TOKENS + 2 * MAX_NEW_TOKENS
-        body = body[: min(MAX_PASSAGE_TOKENS, max(1, context - len(shots) - 2 * MAX_NEW_TOKENS))]
-        read = [*head, *body, *self.tokenizer("\n", add_special_tokens=False).input_ids]
+        end = self.tokenizer("\n", add_special_tokens=False).input_ids
+        most = MAX_PASSAGE_TOKENS
+        if context := longest_sequence(self.model.config):
+            most = min(most, max(1, (context - len(shots) - 2 * MAX_NEW_TOKENS) // len(source)))
+        read: list[int] = []
+        for passage in source:
+            body = self.tokenizer(f" {passage_text(passage)}", add_special_tokens=False).input_ids
+            read += [*head, *body[:most], *end]
         cache = copy.deepcopy(cache)
         cache = self.model(torch.tensor([read], device=device), past_key_values=cache, use_cache=True).past_key_values
         cache.batch_repeat_interleave(count)
@@ -220,24 +255,25 @@ class LocalModel:
                 break
         return texts, sum(map(len, rows))
 
-    def _read_shots(self) -> tuple[list[int], Any]:
-        """Token ids of the examples, and what the model keeps of them; read once."""
-        if self._shots is None:
-            ids = self.tokenizer(SHOTS).input_ids
+    def _read_shots(self, number: int) -> tuple[list[int], Any]:
+        """Token ids of the examples with so many passages, and what the model keeps of them; read once."""
+        if number not in self._shots:
+            ids = self.tokenizer("".join(SHOTS[number])).input_ids
             if ids and ids[-1] == self.tokenizer.eos_token_id:  # which some tokenizers put at the end
                 ids = ids[:-1]
             cache = self.model(torch.tensor([ids], device=self.model.device), use_cache=True).past_key_values
-            self._shots = ids, cache
-        return self._shots
+            self._shots[number] = ids, cache
+        return self._shots[number]
 
     @torch.no_grad()
-    def gains(self, passage: Document, pairs: Sequence[Pair]) -> list[float]:
+    def gains(self, source: Source, pairs: Sequence[Pair]) -> list[float]:
         r"""
-        How much likelier each answer is with its passage, \\( \log p(y \mid x, d) - \log p(y \mid x) \\).
+        How much likelier each answer is with its passage, \\( \log p(y \mid x, d) - \log p(y \mid x) \\); with two
+        passages, how much likelier with both than with the better one of them, or none.
 
         Args:
-            passage (`dict`):
-                The passage.
+            source (`list[dict]`):
+                The passage, or both.
             pairs (`list[Pair]`):
                 Questions and answers.
 
@@ -246,18 +282,22 @@ class LocalModel:
         """
         if not pairs:
             return []
-        start = f"Passage: {passage_text(passage)}\n"
-        body = self.tokenizer(start).input_ids[:MAX_PASSAGE_TOKENS]
         answers = [self.tokenizer(f" {pair.answer}", add_special_tokens=False).input_ids for pair in pairs]
         asked = [f"Question: {pair.question}\nAnswer:" for pair in pairs]
-        with_passage = [body + self.tokenizer(each, add_special_tokens=False).input_ids for each in asked]
-        without = [self.tokenizer(each).input_ids for each in asked]
         pad = self.tokenizer.pad_token_id
-        logps = [
-            completion_logps(completion_logits(self.model, prompts, answers, pad, self.model.device)).tolist()
-            for prompts in (with_passage, without)
-        ]
-        return [known - guessed for known, guessed in zip(*logps, strict=True)]
+        logps = []
+        for size in range(len(source) + 1):
+            for part in itertools.combinations(source, size):
+                read: list[int] = []
+                for passage in part:
+                    text = f"Passage: {passage_text(passage)}\n"
+                    read += self.tokenizer(text, add_special_tokens=not read).input_ids[:MAX_PASSAGE_TOKENS]
+                prompts = [read + self.tokenizer(each, add_special_tokens=not read).input_ids for each in asked]
+                logits = completion_logits(self.model, prompts, answers, pad, self.model.device)
+                logps.append(completion_logps(logits))
+        *less, whole = torch.stack(logps)
+        gains: list[float] = (whole - torch.stack(less).amax(dim=0)).tolist()
+        return gains
 
 
 class _Refused(urllib.request.HTTPRedirectHandler):
@@ -304,15 +344,20 @@ class Endpoint:
     @property
     def settings(self) -> dict[str, Any]:
         """What its questions depend on."""
-        return {"api_base": self.api_base, "model": self.model, "prompt": content_key(INSTRUCTION, SHOTS)}
+        return {"api_base": self.api_base, "model": self.model, "prompt": content_key(INSTRUCTION, ASKED_FOR, SHOTS)}
 
-    def write(self, passages: Sequence[Document], count: int) -> list[Written]:
+    def write(self, sources: Sequence[Source], count: int) -> list[Written]:
         """See [`Writer`]. Raises a `DatasetError` if the endpoint refuses, or does not answer after all attempts."""
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(lambda passage: self._write_one(passage, count), passages))
+            return list(pool.map(lambda source: self._write_one(source, count), sources))
 
-    def _write_one(self, passage: Document, count: int) -> Written:
-        prompt = INSTRUCTION.format(count=count, example=SHOTS.split("\n\n")[0], passage=passage_text(passage))
+    def _write_one(self, source: Source, count: int) -> Written:
+        prompt = INSTRUCTION.format(
+            count=count,
+            asked_for=ASKED_FOR[len(source)],
+            example=SHOTS[len(source)][0].strip(),
+            passages="".join(f"Passage: {passage_text(passage)}\n" for passage in source),
+        )
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         answer = self._ask(json.dumps(body).encode())
         try:
