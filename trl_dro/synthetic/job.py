@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import regex
+from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus
 from ..data.resumable import complete_rows
@@ -91,7 +92,7 @@ def choose_pairs(
     order = list(places)
     random.Random(seed).shuffle(order)
     pairs: dict[frozenset[str | None], Source] = {}
-    for place in order:
+    for place in tqdm(order, "Looking for pairs", unit="passage", leave=False, disable=not most):
         if len(pairs) == most:
             break
         [passage] = corpus.documents([place])
