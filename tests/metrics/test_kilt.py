@@ -125,6 +125,12 @@ def test_ten_thousand_random_strings():
     share_equal = sum(em for em, _ in expected) / 10_000
     assert 0.3 < share_equal < 0.9
     em = KILTExactMatch().compute(predictions=predictions, references=answers, per_example=True)
-    assert em["em_per_example"] == [em for em, _ in expected]
     best = KILTF1().compute(predictions=predictions, references=answers, per_example=True)
-    assert best["f1_per_example"] == pytest.approx([best for _, best in expected], abs=1e-12)
+    found = zip(em["em_per_example"], best["f1_per_example"], strict=True)
+    # What differs, and not two long lists, whose comparison takes minutes to print.
+    different = [
+        pair
+        for pair, scores, right in zip(zip(predictions, answers, strict=True), found, expected, strict=True)
+        if scores != pytest.approx(right, abs=1e-12)
+    ]
+    assert different[:5] == []

@@ -89,6 +89,18 @@ def test_gains_are_over_the_best_of_less(local, source):
         assert gain == pytest.approx(whole - max(logps.values()), abs=1e-3)
 
 
+@torch.no_grad()
+def test_two_long_passages_fit_a_short_context(local):
+    local.model.config.max_position_embeddings = 1024
+    seen = []
+    local.model.register_forward_pre_hook(
+        lambda module, _, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    long = [{"title": "", "text": f"{number} " * 2000} for number in "ab"]
+    assert len(local.gains(long, [Pair("Who was it?", "Anna")])) == 1
+    assert 700 < max(seen) <= 1024
+
+
 class Chat(http.server.BaseHTTPRequestHandler):
     """Answers as a chat model that asks for the last word of a passage and answers with one of the first."""
 

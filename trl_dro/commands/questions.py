@@ -135,16 +135,7 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
     places = choose_passages(corpus, args.max_passages, args.seed)
     retriever = BM25Retriever()
     retriever.index(corpus, Path(args.cache_dir) / "indexes")
-    judge = None
-    if args.model_name_or_path is not None:
-        options = LoadOptions(device=args.device)
-        if args.dtype != "auto" or options.target.type == "cpu":  # where bfloat16 is a slow detour
-            options = LoadOptions(device=args.device, dtype="float32" if args.dtype == "auto" else args.dtype)
-        judge = LocalModel.from_pretrained(args.model_name_or_path, options, args.question_words)
-    writer: Writer | None = judge
-    if args.api_base is not None and args.api_model is not None:
-        writer = Endpoint(args.api_base, args.api_model)
-    assert writer is not None  # one of them is asked for
+    writer, judge = _writer_and_judge(args)
     count, within = args.questions_per_passage, args.retrieved_within
     depth = max(within, 20)  # so that the gate can be moved without writing anew
     pairs = choose_pairs(corpus, places, retriever, args.max_pairs, args.dev_share, args.seed)
@@ -193,7 +184,7 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
     print_summary(summary, folder)
     if not candidates:
         raise DatasetError(
-            f"the model wrote nothing in the form of a question with its answer about {len(rows)} passages: take a "
+            f"the model wrote nothing in the form of a question with its answer about {len(places)} passages: take a "
             "larger one"
         )
     if not train:
@@ -202,6 +193,21 @@ def write_questions(args: QuestionWritingArguments) -> dict[str, Any]:
             "model, or lower --min_gain"
         )
     return summary
+
+
+def _writer_and_judge(args: QuestionWritingArguments) -> tuple[Writer, LocalModel | None]:
+    """The endpoint or else the model, and the model, if there is one."""
+    judge = None
+    if args.model_name_or_path is not None:
+        options = LoadOptions(device=args.device)
+        if args.dtype != "auto" or options.target.type == "cpu":  # where bfloat16 is a slow detour
+            options = LoadOptions(device=args.device, dtype="float32" if args.dtype == "auto" else args.dtype)
+        judge = LocalModel.from_pretrained(args.model_name_or_path, options, args.question_words)
+    writer: Writer | None = judge
+    if args.api_base is not None and args.api_model is not None:
+        writer = Endpoint(args.api_base, args.api_model)
+    assert writer is not None  # one of them is asked for
+    return writer, judge
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:

@@ -4,6 +4,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -214,9 +215,7 @@ class LocalModel:
         shots, cache = self._read_shots(len(source))
         head = self.tokenizer("Passage:", add_special_tokens=False).input_ids
         end = self.tokenizer("\n", add_special_tokens=False).input_ids
-        most = MAX_PASSAGE_TOKENS
-        if context := longest_sequence(self.model.config):
-            most = min(most, max(1, (context - len(shots) - 2 * MAX_NEW_TOKENS) // len(source)))
+        most = self._room(len(source), len(shots))
         read: list[int] = []
         for passage in source:
             body = self.tokenizer(f" {passage_text(passage)}", add_special_tokens=False).input_ids
@@ -255,6 +254,11 @@ class LocalModel:
                 break
         return texts, sum(map(len, rows))
 
+    def _room(self, number: int, others: int = 0) -> int:
+        """Tokens of each of so many passages, beside others, a question and an answer."""
+        context = longest_sequence(self.model.config) or math.inf
+        return int(min(MAX_PASSAGE_TOKENS, max(1, (context - others - 2 * MAX_NEW_TOKENS) // number)))
+
     def _read_shots(self, number: int) -> tuple[list[int], Any]:
         """Token ids of the examples with so many passages, and what the model keeps of them; read once."""
         if number not in self._shots:
@@ -284,14 +288,14 @@ class LocalModel:
             return []
         answers = [self.tokenizer(f" {pair.answer}", add_special_tokens=False).input_ids for pair in pairs]
         asked = [f"Question: {pair.question}\nAnswer:" for pair in pairs]
-        pad = self.tokenizer.pad_token_id
+        pad, most = self.tokenizer.pad_token_id, self._room(len(source))
         logps = []
         for size in range(len(source) + 1):
             for part in itertools.combinations(source, size):
                 read: list[int] = []
                 for passage in part:
                     text = f"Passage: {passage_text(passage)}\n"
-                    read += self.tokenizer(text, add_special_tokens=not read).input_ids[:MAX_PASSAGE_TOKENS]
+                    read += self.tokenizer(text, add_special_tokens=not read).input_ids[:most]
                 prompts = [read + self.tokenizer(each, add_special_tokens=not read).input_ids for each in asked]
                 logits = completion_logits(self.model, prompts, answers, pad, self.model.device)
                 logps.append(completion_logps(logits))
