@@ -58,6 +58,11 @@ def check_combinations(args: Any) -> None:
             "selector_likelihood='full_vocabulary' is that of written ids, and selector_form='query_likelihood' "
             "writes none: set selector_likelihood='constrained'"
         )
+    if args.selector_fit_questions and (args.selector_form != "query_likelihood" or args.query_likelihood_scale == 0):
+        raise ValueError(
+            f"selector_fit_questions={args.selector_fit_questions} fits the weights of selector_form="
+            "'query_likelihood', from a query_likelihood_scale above 0: set both, or leave it out"
+        )
     if args.retriever_prior and args.selector_likelihood == "full_vocabulary":
         raise ValueError(
             "selector_likelihood='full_vocabulary' trains a selector to write alone, where no retriever_prior is "

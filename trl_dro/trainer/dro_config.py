@@ -77,6 +77,11 @@ class DROConfig(_BaseConfig):
         retriever_prior_from (`str`, *optional*, defaults to `"rank"`):
             `"score"` takes the retriever's scores in place of its ranks, with \\( +\alpha \log \\) of them: every
             document must have one above 0. Scores say more than ranks, and want a greater \\( \alpha \\).
+        selector_fit_questions (`int`, *optional*, defaults to `0`):
+            Training questions, drawn at random, by whose answers `query_likelihood_scale` and a `retriever_prior`
+            above 0 are fitted before the first update, see [`~trainer.fitting.fit_weights`]; each costs an E-step.
+            `0` leaves both as they are set, and so does `train_selector=False`. For
+            `selector_form="query_likelihood"`.
         selector_template (`str`):
             Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,
             `{num_selected}`, `{format}`, or in Python a function of these, defined at the top level of a module.
@@ -239,6 +244,12 @@ class DROConfig(_BaseConfig):
         metadata={
             "help": "What retriever_prior is made of, the retriever's ranks or its scores.",
             "choices": _CHOICES["retriever_prior_from"],
+        },
+    )
+    selector_fit_questions: int = field(
+        default=0,
+        metadata={
+            "help": "Training questions by whose answers query_likelihood_scale and retriever_prior are fitted first."
         },
     )
     selector_template: str = field(
@@ -415,6 +426,7 @@ class DROConfig(_BaseConfig):
             "max_prompt_length": 1,
             "max_document_length": 1,
             "max_tokens_per_forward": 1,
+            "selector_fit_questions": 0,
         }
         for name, lowest in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < lowest:

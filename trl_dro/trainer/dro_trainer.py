@@ -3,12 +3,13 @@ import math
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.lines import read_json_object
 from ..evaluation.scoring import answer_and_score, score_bounds
 from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
@@ -24,17 +26,10 @@ from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role
 from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
-from ..system.rag_config import RAGConfig
+from ..system.rag_config import CONFIG_FILE, RAGConfig
 from .dro_config import DROConfig
-from .estimation import (
-    Estimate,
-    Weights,
-    draw,
-    load_estimates,
-    reordered,
-    save_estimates,
-    significant_permutations,
-)
+from .estimation import Estimate, Weights, draw, load_estimates, reordered, save_estimates, significant_permutations
+from .fitting import SelectorWeights, fit_selector, fitting_rows
 from .inputs import check_inputs, load_roles, own_scores, refuse_arguments, refuse_unsupported
 from .logs import keep_permutations, permutation_rows, warn_of_collapse
 from .role_trainer import RoleTrainer
@@ -145,14 +140,13 @@ class DROTrainer(RoleTrainer):
 
         refuse_unsupported(args)
         # Whatever can be wrong is found before weights are loaded.
-        tokenizers, codec, prompts = check_inputs(
-            model, selector_model, processing_class, args, train_dataset, eval_dataset
-        )
+        data = (train_dataset, eval_dataset)
+        tokenizers, codec, prompts = check_inputs(model, selector_model, processing_class, args, *data)
 
         self._estimates: list[list[Estimate]] = []  # of the block under way, by micro-batch and part of it
         self._estimated_block = -1
         self._shown_permutations: list[dict[str, Any]] = []
-        self._collapse_warned = False
+        self._collapse_warned = self._selector_is_to_fit = False
 
         super().__init__(
             load_roles(model, selector_model, args, peft_config, quantization_config),
@@ -177,22 +171,15 @@ class DROTrainer(RoleTrainer):
     def get_train_dataloader(self) -> EstimationDataLoader:
         if self.train_dataset is None:
             raise ValueError("training needs a `train_dataset`")
-        args = self.args
+        args, drop_last = self.args, self.args.dataloader_drop_last
         # Estimates of an earlier call of `train` are stale, though its blocks count from 0 too.
         self._estimates, self._estimated_block = [], -1
-        return EstimationDataLoader(
-            EstimationSampler(
-                len(self.train_dataset),
-                self._train_batch_size,
-                args.steps_per_estimation,
-                args.maximization_epochs,
-                args.gradient_accumulation_steps,
-                drop_last=args.dataloader_drop_last,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
-        )
+        self._selector_is_to_fit = args.train_selector and args.selector_fit_questions > 0
+        seed = args.seed if args.data_seed is None else args.data_seed
+        passes = (args.steps_per_estimation, args.maximization_epochs, args.gradient_accumulation_steps)
+        sizes = (len(self.train_dataset), self._train_batch_size, *passes)
+        processes = {"rank": args.process_index, "world_size": args.world_size}
+        return EstimationDataLoader(EstimationSampler(*sizes, drop_last=drop_last, seed=seed, **processes))
 
     def _records(self, rows: list[int]) -> list[dict[str, Any]]:
         return [self._with_candidates(self.train_dataset[row]) for row in rows]
@@ -205,9 +192,23 @@ class DROTrainer(RoleTrainer):
     def training_step(
         self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        model.train()
         with self._memory_advice():
+            if self._selector_is_to_fit:
+                self._fit_selector()
+            model.train()
             return self._em_step(model, inputs)
+
+    def _fit_selector(self) -> None:
+        """Fits what the logits of documents are made of, before the first update, see [`~fitting.fit_selector`]."""
+        rows = fitting_rows(self.args, len(self.train_dataset))
+        with self._inference(), self.engine.gathered(*ROLES):
+            weights = fit_selector(self.rag, self._records(rows), self.args)
+        self._take_fitted(broadcast_object_list([weights])[0])  # processes may round differently
+        self.log({f"selector/{name}": value for name, value in weights._asdict().items()})
+
+    def _take_fitted(self, weights: SelectorWeights) -> None:
+        self.rag.query_likelihood_scale, self.rag.retriever_prior = weights
+        self._selector_is_to_fit, self.rag.count = False, TokenCount()
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         """
@@ -425,13 +426,8 @@ class DROTrainer(RoleTrainer):
                 self._collapse_warned = True
                 warn_of_collapse(unique / most, self.state.global_step)
             if self._shown_permutations and self.is_world_process_zero():
-                keep_permutations(
-                    self._shown_permutations,
-                    self.args.num_permutations,
-                    self.args.log_permutations,
-                    self.args.output_dir,
-                    self.args.report_to,
-                )
+                a, shown = self.args, self._shown_permutations
+                keep_permutations(shown, a.num_permutations, a.log_permutations, a.output_dir, a.report_to)
         super().log(logs, start_time)
 
     # Evaluation
@@ -452,8 +448,7 @@ class DROTrainer(RoleTrainer):
         self.callback_handler.eval_dataloader = dataloader
         self.engine.before_evaluation(self)
         scores: list[Tensor] = []
-        names: list[str] = []
-        answers: list[str] = []
+        names, answers = list[str](), list[str]()
         with self._memory_advice(), self._inference(), self.engine.gathered(*ROLES):
             for records in dataloader:
                 batch_answers, batch_scores = self._score_batch([self._with_candidates(record) for record in records])
@@ -469,9 +464,7 @@ class DROTrainer(RoleTrainer):
             score, questions = cast(Any, self.compute_metrics), cast(Dataset, dataloader.dataset)
             means |= own_scores(score(answers, questions.to_list()), means)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
-        return EvalLoopOutput(
-            predictions=numpy.array(answers), label_ids=None, metrics=metrics, num_samples=len(per_question)
-        )
+        return EvalLoopOutput(numpy.array(answers), None, metrics, num_samples=len(per_question))
 
     def _score_batch(self, questions: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
         """Answer of each question, and its scores by name, each of shape `(B,)`."""
@@ -483,7 +476,10 @@ class DROTrainer(RoleTrainer):
         answer_logps = self._answer_logps(questions, targets, samples.permutations)
         return answers, scores | score_bounds(answer_logps, samples.correction, self.args.sampling)
 
-    # What a run that resumes in the middle of a block needs of its E-step
+    # What a run that resumes needs: the fitted weights, and in the middle of a block its E-step
+
+    def rag_config(self) -> RAGConfig:
+        return replace(super().rag_config(), **{name: getattr(self.rag, name) for name in SelectorWeights._fields})
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -492,7 +488,12 @@ class DROTrainer(RoleTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
+        if checkpoint is None:
+            return
+        if self._selector_is_to_fit:
+            saved = read_json_object(Path(checkpoint) / CONFIG_FILE)
+            self._take_fitted(SelectorWeights(**{name: saved[name] for name in SelectorWeights._fields}))
+        if (path := self._estimates_file(checkpoint)).is_file():
             self._estimated_block, self._estimates = load_estimates(path, self.args.device)
 
     def _estimates_file(self, folder: str) -> Path:

@@ -56,7 +56,7 @@ _IDENTIFYING_SETTINGS = (
     *("selector_estimator", "temperature", "top_p", "weight_temperature", "likelihood_floor", "negligible_weight"),
     *("train_selector", "train_generator", "shuffle_candidates", "maximization_epochs", "learning_rate"),
     *("selector_learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm", "optim"),
-    *("lr_scheduler_type", "seed", "data_seed"),
+    *("lr_scheduler_type", "seed", "data_seed", "selector_fit_questions"),
 )
 
 
@@ -353,8 +353,12 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
         self.processing_class.save_pretrained(folder)
         for role in ROLES:
             self.tokenizers[role].save_pretrained(folder / role)
-        RAGConfig.of_training(self.args).save(folder)
+        self.rag_config().save(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def rag_config(self) -> RAGConfig:
+        """What inference must know of this run."""
+        return RAGConfig.of_training(self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves both roles, see [`~transformers.Trainer.save_model`]; all processes must call it."""
@@ -365,7 +369,7 @@ class RoleTrainer(RunTrainer, _BaseTrainer):
     def _save_what_belongs_to_the_run(self, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes once, beside the checkpoints, a base that nobody else has, the last evaluation and the model card."""
         self.roles.save_unnamed_bases(folder, state)
-        RAGConfig.of_training(self.args).save(folder)
+        self.rag_config().save(folder)
         (folder / "metrics.json").write_text(json.dumps(self._last_metrics(), indent=2) + "\n", encoding="utf-8")
         self.create_model_card()
 
