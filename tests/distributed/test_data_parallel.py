@@ -53,7 +53,12 @@ SETTINGS = {
     "unusable with accumulation": {"unusable": dealt(1), "gradient_accumulation_steps": 2},
     "a whole update unusable": {"unusable": dealt(0) + dealt(1)},
     "own scores": {"num_eval": 7, "max_answer_length": 8},
-    "query likelihoods": {"selector_form": "query_likelihood", "gradient_accumulation_steps": 2},
+    "query likelihoods": {
+        "selector_form": "query_likelihood",
+        "gradient_accumulation_steps": 2,
+        "retriever_prior": 1.0,
+        "selector_fit_questions": 5,
+    },
     "no clipping": {"max_grad_norm": 0.0, "learning_rate": 5e-4},
     "two full models, checkpointing and accumulation": {
         "peft": False,

@@ -43,7 +43,12 @@ SETTINGS = {
     # Each role's weights in another module, and the exchange of gradients put off as under DDP: as exact, if the root
     # is the module of both.
     "deferred exchange": {"peft": False, "deferred": True, "gradient_accumulation_steps": 2},
-    "query likelihoods": {"selector_form": "query_likelihood", "gradient_accumulation_steps": 2},
+    "query likelihoods": {
+        "selector_form": "query_likelihood",
+        "gradient_accumulation_steps": 2,
+        "retriever_prior": 1.0,
+        "selector_fit_questions": 5,
+    },
     # Evaluated before it is trained, and the best weights put back in the end.
     "two bases": {
         "two_bases": True,

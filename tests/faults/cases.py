@@ -269,6 +269,7 @@ def settings() -> Iterator[Case]:
             "--selector_learning_rate nan", "--generator_learning_rate -1", "--learning_rate nan",
             "--learning_rate inf", "--learning_rate -1", "--likelihood_floor nan", "--negligible_weight 2",
             "--negligible_weight nan", "--max_tokens_per_forward 0", "--retriever_prior nan", "--retriever_prior -1",
+            "--selector_fit_questions -1", "--selector_fit_questions 5",
             "--max_grad_norm nan", "--weight_decay nan", "--per_device_train_batch_size 0", "--lora_r 0",
             "--lora_r -4", "--lora_alpha nan", "--lora_dropout 2", "--lora_target_modules no_such_proj",
             "--max_steps x", "--seed x", "--bf16 maybe", "--no_such_setting 1", "--numselected 2",

@@ -22,6 +22,7 @@ from trl_dro.trainer.fitting import (
     fitting_rows,
     scored_questions,
 )
+from trl_dro.trainer.logs import log_line
 
 from ..model.test_query_likelihood import make_rag
 from ..tiny_models import bpe_tokenizer, tiny_llama
@@ -258,6 +259,8 @@ def test_a_run_fits_its_selector_first_and_keeps_what_it_found(make_trainer):
         assert (saved.query_likelihood_scale, saved.retriever_prior) == expected
     [logged] = [row for row in trainer.state.log_history if "selector/retriever_prior" in row]
     assert (logged["selector/query_likelihood_scale"], logged["selector/retriever_prior"]) == expected
+    values = f"query_likelihood_scale {expected[0]:.3g}, retriever_prior {expected[1]:.3g}"
+    assert log_line(logged, 0, 4) == f"selector fitted to the answers: {values}"
     assert trainer.args.query_likelihood_scale == 0.5  # what the run was asked for, by which it is known
 
 

@@ -33,11 +33,13 @@ MOST_HELD_OUT = 500
 # Bases of fewer weights cannot point to a passage by its number, but tell which one a question fits: see
 # docs/experiments.md.
 LEAST_TO_POINT = 1_000_000_000
-# As in the recipes of such bases, but for a prior by ranks: in a small corpus BM25's scores can be 0.
+# As in the recipes of such bases, but for a prior by ranks: in a small corpus BM25's scores can be 0. How much ranks
+# count is fitted to the answers.
 SCORING = {
     "selector_form": "query_likelihood",
     "query_likelihood_scale": 0.15,
     "retriever_prior": 1.0,
+    "selector_fit_questions": 50,
     "sampling": "distinct",
     "negligible_weight": 0.05,
     "answer_permutations": 5,

@@ -246,6 +246,10 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
         recalls = [name for name in logs if name.startswith("eval_recall@")]
         shown |= {name: (name.removeprefix("eval_").capitalize(), "{:.1%}") for name in recalls}
         shown |= {"eval_iwae_bound": ("bound", "{:.2f} nats")}
+    elif "selector/query_likelihood_scale" in logs:
+        start = "selector fitted to the answers"
+        names = ("query_likelihood_scale", "retriever_prior")
+        shown = {f"selector/{name}": (name, "{:.3g}") for name in names}
     elif "train_runtime" in logs:
         return f"trained for {logs['train_runtime']:.0f} s"
     else:
