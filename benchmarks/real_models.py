@@ -54,6 +54,7 @@ from trl_dro.model.importance import effective_sample_size, importance_weights
 from trl_dro.model.prompts import document_body
 from trl_dro.system.mixture import answer_questions
 from trl_dro.trainer.estimation import draw, reordered
+from trl_dro.trainer.fitting import saved_weights
 from trl_dro.trainer.schedule import MicroBatch
 
 
@@ -115,6 +116,7 @@ class Settings:
     updates: int = setting(125, "Updates of every arm.")
     selector_learning_rate: float = setting(3e-4, "Selector's learning rate.")
     generator_learning_rate: float = setting(3e-4, "Generator's learning rate.")
+    selector_fit_questions: int = setting(0, "As in DROConfig, for the arms that train the selector by weights.")
     num_permutations: int = setting(4, "Permutations per question, m.")
     sampling: str = setting("independent", "As in DROConfig.")
     selector_estimator: str = setting("rws_centered", "As in DROConfig.")
@@ -298,6 +300,7 @@ class Run:
             "sft": {"train_selector": False},
             "without_selector": {"train_selector": False},
             "without_generator": {"train_generator": False},
+            "decoupled": {"selector_fit_questions": 0},
         }.get(self.arm, {})
         trainer_type = TaughtTrainer if self.arm in ("sft", "decoupled") else DROTrainer
         return self.train(trainer_type, self.train_dataset, changes, start, "both")
@@ -344,12 +347,15 @@ class Run:
         history = folder / "history.json"
         if (folder / "final").is_dir():
             trainer.roles.load(folder / "final")
+            weights = saved_weights(folder / "final")
+            trainer.rag.query_likelihood_scale, trainer.rag.retriever_prior = weights
         else:
             if start is not None:
                 trainer.roles.load(start)
             trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
             history.write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
             trainer.roles.save(folder / "making")
+            trainer.rag_config().save(folder / "making")
             os.replace(folder / "making", folder / "final")
         kept = ("step", "loss", "iwae_bound", "ess", "unique_permutations", "selector/entropy")
         rows = [

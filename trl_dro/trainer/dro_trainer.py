@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.lines import read_json_object
 from ..evaluation.scoring import answer_and_score, score_bounds
 from ..model.likelihood import chunk_rows
 from ..model.prompts import question_text
@@ -26,10 +25,10 @@ from ..model.rag_model import RAGModel
 from ..model.roles import ROLES, Role
 from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts, TokenCount
-from ..system.rag_config import CONFIG_FILE, RAGConfig
+from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
 from .estimation import Estimate, Weights, draw, load_estimates, reordered, save_estimates, significant_permutations
-from .fitting import SelectorWeights, fit_selector, fitting_rows
+from .fitting import SelectorWeights, fit_selector, fitting_rows, saved_weights
 from .inputs import check_inputs, load_roles, own_scores, refuse_arguments, refuse_unsupported
 from .logs import keep_permutations, permutation_rows, warn_of_collapse
 from .role_trainer import RoleTrainer
@@ -491,8 +490,7 @@ class DROTrainer(RoleTrainer):
         if checkpoint is None:
             return
         if self._selector_is_to_fit:
-            saved = read_json_object(Path(checkpoint) / CONFIG_FILE)
-            self._take_fitted(SelectorWeights(**{name: saved[name] for name in SelectorWeights._fields}))
+            self._take_fitted(saved_weights(checkpoint))
         if (path := self._estimates_file(checkpoint)).is_file():
             self._estimated_block, self._estimates = load_estimates(path, self.args.device)
 

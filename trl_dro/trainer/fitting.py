@@ -12,15 +12,18 @@ questions.
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.lines import read_json_object
 from ..model.rag_model import RAGModel
 from ..model.sampling import PermutationSamples
 from ..model.shared_prefix import ReadPrompts
+from ..system.rag_config import CONFIG_FILE
 from .dro_config import DROConfig
 from .estimation import draw, reordered
 
@@ -38,6 +41,12 @@ class SelectorWeights(NamedTuple):
 
     query_likelihood_scale: Any
     retriever_prior: Any
+
+
+def saved_weights(folder: str | Path) -> SelectorWeights:
+    """Weights that a checkpoint or a run holds in its `rag_config.json`."""
+    saved = read_json_object(Path(folder) / CONFIG_FILE)
+    return SelectorWeights(**{name: saved[name] for name in SelectorWeights._fields})
 
 
 class ScoredQuestions(NamedTuple):
