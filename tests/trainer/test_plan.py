@@ -71,6 +71,22 @@ def test_work_of_a_run_is_that_of_every_visit_to_a_question(tmp_path, settings, 
     assert _count_steps(args, 20, 1)[2] == visits
 
 
+def test_questions_that_the_selector_is_fitted_to_cost_an_e_step_each(tmp_path):
+    """In every process."""
+    scored = {"selector_form": "query_likelihood", "per_device_train_batch_size": 4, "max_steps": 2}
+
+    def work(num_processes=1, **settings):
+        args = config(tmp_path, **scored | settings)
+        return make_plan(MODELS, args, Lengths.of_settings(args), 20, 5, num_processes).flops
+
+    once = work(selector_fit_questions=5) - work()
+    assert 0 < once < 5 / 8 * work()
+    assert work(selector_fit_questions=99) - work() == pytest.approx(4 * once)
+    assert work(2, selector_fit_questions=5) - work(2) == pytest.approx(2 * once)
+    assert work(selector_fit_questions=5, train_selector=False) == work(train_selector=False)
+    assert "5 questions first" in rows(config(tmp_path, selector_fit_questions=5, **scored))["fit of the selector"]
+
+
 def test_a_run_of_unknown_length_has_the_work_of_an_update_alone(tmp_path):
     shown = rows(config(tmp_path), num_questions=None)
     assert "work of an update" in shown and not {"run", "questions", "time of the run"} & shown.keys()

@@ -2,7 +2,7 @@
 """`--dry_run`: what a run will do and need, before any weights are loaded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -206,7 +206,7 @@ def make_plan(
 
     batch = args.per_device_train_batch_size
     per_update = batch * num_processes * args.gradient_accumulation_steps
-    flops_per_question = _flops_per_question(args, roles, shapes, mean)
+    flops_per_question = _flops_per_question(args, roles, shapes, mean, roles.trained)
     per_update_tokens = per_update * sum(mean.tokens(role) for role in ROLES)
     shared = "" if engine == "data parallel" else f" under {engine}"
     rows = [
@@ -224,12 +224,16 @@ def make_plan(
     flops = None
     if num_questions is not None:
         updates, blocks, visits = _count_steps(args, num_questions, num_processes)
-        flops = visits * flops_per_question
+        fitted = min(args.selector_fit_questions, num_questions) * args.train_selector
+        # Each process goes through all of these.
+        fitting = num_processes * fitted * _flops_per_question(args, roles, shapes, mean, ())
+        flops = visits * flops_per_question + fitting
         device, sustained = ("process", SUSTAINED_CPU_FLOPS) if args.use_cpu else ("device", SUSTAINED_FLOPS)
         time = _duration(flops / num_processes / sustained)
         rows += [
             ("questions", f"{num_questions:,} to train on, {num_eval:,} to evaluate on"),
             ("run", f"{updates:,} updates, {blocks:,} E-steps"),
+            *([("fit of the selector", f"{fitted:,} questions first, {_operations(fitting)}")] if fitted else []),
             ("work of the run", f"{_operations(flops)}, evaluation left out"),
             ("time of the run", f"{time} if each {device} sustains {sustained / 1e12:g} TFLOP/s"),
         ]
@@ -251,8 +255,10 @@ def _work(args: DROConfig, lengths: Lengths, prompt: float, row: float) -> cost.
     )
 
 
-def _flops_per_question(args: DROConfig, roles: Roles, shapes: dict[Role, cost.Shape], mean: cost.Work) -> float:
-    """Operations of both roles over a question of usual length, E-step and M-step."""
+def _flops_per_question(
+    args: DROConfig, roles: Roles, shapes: dict[Role, cost.Shape], mean: cost.Work, learning: Collection[Role]
+) -> float:
+    """Operations of both roles over a question of usual length: the E-step, and the M-step of those that learn."""
     parameters = cost.role_parameters(roles)
     rows_apart = mean.scored_documents or (args.num_permutations if mean.separate_choices else 1)
     row_lengths: dict[Role, int] = {
@@ -261,7 +267,7 @@ def _flops_per_question(args: DROConfig, roles: Roles, shapes: dict[Role, cost.S
     }
     total = 0.0
     for role in ROLES:
-        trained = role in roles.trained
+        trained = role in learning
         full = not isinstance(roles.module(role), PeftModel)
         equivalents = cost.forward_equivalents(role, mean, trained, full and trained)
         total += equivalents * cost.flops_per_token(shapes[role], parameters[role], row_lengths[role])
