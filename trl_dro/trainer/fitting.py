@@ -100,7 +100,7 @@ def scored_questions(
     Returns:
         [`ScoredQuestions`]: in float64, on the CPU.
     """
-    logps = read.logits.double().cpu() / rag.query_likelihood_scale
+    logps = read.logits.cpu().double() / rag.query_likelihood_scale
     retriever = torch.zeros_like(logps)
     for row, question in enumerate(questions):
         count = len(question["documents"])
@@ -111,7 +111,7 @@ def scored_questions(
     cost = document_cost * (samples.permutations > 0).sum(dim=-1)
     # Of distinct permutations there can be fewer than samples.
     log_weights = (answer_logps - cost - samples.proposal_logps).masked_fill(samples.logps.isneginf(), -math.inf)
-    return ScoredQuestions(logps, retriever, samples.permutations.cpu(), log_weights.double().cpu())
+    return ScoredQuestions(logps, retriever, samples.permutations.cpu(), log_weights.cpu().double())
 
 
 def fitting_rows(args: DROConfig, size: int) -> list[int]:
