@@ -110,6 +110,26 @@ def test_the_weights_that_made_the_answers_are_found_from_anywhere(scale, prior)
     assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
+@pytest.mark.parametrize("num_selected", [1, 2])
+def test_a_few_draws_find_most_of_what_all_permutations_would(num_selected):
+    """Of the likelihood, by all permutations. The bound of few draws is not the likelihood, and errs somewhat."""
+    one, start = made_up(400, 0.3, 2.0), SelectorWeights(0.1, 1.0)
+    every = every_permutation(4, num_selected, num_selected).expand(400, -1, -1)
+    right = (every == one.log_weights.argmax(dim=1)[:, None, None] + 1).any(dim=-1)
+    full = one._replace(permutations=every, log_weights=torch.where(right, -1.0, -12.0).double())
+    logps = choice_logps(start, full)
+    drawn = logps.exp().multinomial(4, replacement=True, generator=torch.Generator().manual_seed(0))
+    few = full._replace(
+        permutations=every.gather(1, drawn[..., None].expand(-1, -1, num_selected)),
+        log_weights=(full.log_weights - logps).gather(1, drawn),
+    )
+    found, best, before = (
+        answer_bound(weights, full).mean().item()
+        for weights in (fit_weights(start, few), fit_weights(start, full), start)
+    )
+    assert best > before + 0.05 and found > before + 0.8 * (best - before)
+
+
 def test_no_weights_nearby_make_the_answers_likelier():
     questions = made_up(300, 0.2, 1.0)
     best = fit_weights(SelectorWeights(0.1, 1.0), questions)
