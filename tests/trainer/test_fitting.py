@@ -127,7 +127,7 @@ def test_a_few_draws_find_most_of_what_all_permutations_would(num_selected):
         answer_bound(weights, full).mean().item()
         for weights in (fit_weights(start, few), fit_weights(start, full), start)
     )
-    assert best > before + 0.05 and found > before + 0.8 * (best - before)
+    assert best > before + 0.05 and found > before + 0.6 * (best - before)
 
 
 def test_no_weights_nearby_make_the_answers_likelier():
