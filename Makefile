@@ -35,9 +35,9 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: .venv/.installed
-	set -e; for script in $(filter-out $(addprefix benchmarks/,flex% learning% real_models% memory% pointers% query% services%), \
+	set -e; for script in $(filter-out $(addprefix benchmarks/,flex% learning% real_models% memory% pointers% query% selector_fit% services%), \
 		$(wildcard benchmarks/*.py)) "benchmarks/learning.py --quick" "benchmarks/real_models.py --quick" \
-		"benchmarks/memory.py --quick" "benchmarks/pointers.py --quick" "benchmarks/query_likelihood.py --quick"; do \
+		"benchmarks/memory.py --quick" "benchmarks/pointers.py --quick" "benchmarks/query_likelihood.py --quick" "benchmarks/selector_fit.py --quick"; do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
