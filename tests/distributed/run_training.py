@@ -97,7 +97,9 @@ class Pause(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         print(f"update {state.global_step + 1} begins", flush=True)
-        time.sleep(self.seconds)
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.05)  # a signal just before a sleep begins is handled when it ends
 
 
 def make_trainer(
