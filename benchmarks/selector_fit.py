@@ -33,7 +33,7 @@ from trl_dro.demo.world import synthetic_world
 from trl_dro.evaluation.scoring import is_relevant
 from trl_dro.model.permutation import retriever_logits
 from trl_dro.model.sampling import PermutationSamples
-from trl_dro.trainer.fitting import ScoredQuestions, SelectorWeights, answer_bound, fit_weights, scored_questions
+from trl_dro.trainer.fitting import ScoredQuestions, ScoreWeights, answer_bound, fit_weights, scored_questions
 
 
 @dataclass
@@ -82,7 +82,7 @@ def with_prior(trainer: DROTrainer, dataset: Dataset, questions: ScoredQuestions
     return questions._replace(retriever_logits=torch.tensor(rows, dtype=torch.float64))
 
 
-def ranked(weights: SelectorWeights, questions: ScoredQuestions, relevant: Tensor) -> tuple[list[float], float]:
+def ranked(weights: ScoreWeights, questions: ScoredQuestions, relevant: Tensor) -> tuple[list[float], float]:
     """Whether the first document of each question is relevant, and the mean log-probability of the relevant ones."""
     scale, prior = weights
     logits = (scale * questions.question_logps + prior * questions.retriever_logits)[:, 1:]
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for source in s.prior_from:
-        start, tested = SelectorWeights(*s.start), with_prior(trainer, test, asked, source)
+        start, tested = ScoreWeights(*s.start), with_prior(trainer, test, asked, source)
         for size in (0, *s.sizes):
             fitted = ScoredQuestions(*(rows[: size or None] for rows in with_prior(trainer, train, seen, source)))
             weights = fit_weights(start, fitted) if size else start

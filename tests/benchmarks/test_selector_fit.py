@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_dro.trainer.fitting import ScoredQuestions, SelectorWeights
+from trl_dro.trainer.fitting import ScoredQuestions, ScoreWeights
 
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -26,7 +26,7 @@ def test_a_document_is_ranked_by_both_numbers():
         torch.zeros(2, 2),
     )
     relevant = torch.tensor([[False, True], [False, True]])
-    found, logp = ranked(SelectorWeights(0.1, 0.5), questions, relevant)
+    found, logp = ranked(ScoreWeights(0.1, 0.5), questions, relevant)
     assert found == [0.0, 1.0]
     expected = torch.tensor([[-1.0, -2.0 + 0.5], [-1.0, -2.0 + 1.5]]).log_softmax(dim=1)[:, 1].mean()
     assert logp == pytest.approx(expected.item())

@@ -14,7 +14,7 @@ from trl_dro.model.sampling import PermutationSamples
 from trl_dro.system.rag_config import RAGConfig
 from trl_dro.trainer.fitting import (
     ScoredQuestions,
-    SelectorWeights,
+    ScoreWeights,
     answer_bound,
     choice_logps,
     fit_selector,
@@ -66,8 +66,8 @@ def test_permutations_have_the_probability_that_the_system_gives_them_under_any_
     questions = [QUESTION, QUESTION | {"question": "what is deep"}]
     permutations = every_permutation(4, 2, 2 if min_selected is None else min_selected).expand(2, -1, -1)
     scored, logps = observed(rag, questions, permutations, torch.zeros(permutations.shape[:2]))
-    others = SelectorWeights(1.1, 0.2), SelectorWeights(0.05, 3.0), SelectorWeights(0.3, 0.0)
-    for weights in (SelectorWeights(0.3, 0.7), *others):
+    others = ScoreWeights(1.1, 0.2), ScoreWeights(0.05, 3.0), ScoreWeights(0.3, 0.0)
+    for weights in (ScoreWeights(0.3, 0.7), *others):
         rag.query_likelihood_scale, rag.retriever_prior = weights
         with torch.no_grad():
             expected = rag.permutation_logps(questions, permutations)
@@ -82,7 +82,7 @@ def test_questions_of_different_numbers_of_documents_go_together():
     both = torch.stack([torch.tensor([[1, 2], [3, 1], [2, 3]])] * 2)
     together, _ = observed(rag, [QUESTION, FEWER], both, torch.zeros(2, 3))
     alone, _ = observed(rag, [FEWER], both[:1], torch.zeros(1, 3))
-    weights = SelectorWeights(0.8, 0.4)
+    weights = ScoreWeights(0.8, 0.4)
     assert (choice_logps(weights, together)[1] - choice_logps(weights, alone)[0]).abs().max() < 1e-5
 
 
@@ -103,7 +103,7 @@ def made_up(count, scale, prior, seed=0):
 @pytest.mark.parametrize(("scale", "prior"), [(0.15, 2.0), (0.4, 0.5)])
 def test_the_weights_that_made_the_answers_are_found_from_anywhere(scale, prior):
     questions = made_up(4000, scale, prior)
-    found = [fit_weights(SelectorWeights(*start), questions) for start in ((0.1, 1.0), (1.0, 0.1))]
+    found = [fit_weights(ScoreWeights(*start), questions) for start in ((0.1, 1.0), (1.0, 0.1))]
     for weights in found:
         assert weights.query_likelihood_scale == pytest.approx(scale, rel=0.1)
         assert weights.retriever_prior == pytest.approx(prior, rel=0.1)
@@ -113,7 +113,7 @@ def test_the_weights_that_made_the_answers_are_found_from_anywhere(scale, prior)
 @pytest.mark.parametrize("num_selected", [1, 2])
 def test_a_few_draws_find_most_of_what_all_permutations_would(num_selected):
     """Of the likelihood, by all permutations. The bound of few draws is not the likelihood, and errs somewhat."""
-    one, start = made_up(400, 0.3, 2.0), SelectorWeights(0.1, 1.0)
+    one, start = made_up(400, 0.3, 2.0), ScoreWeights(0.1, 1.0)
     every = every_permutation(4, num_selected, num_selected).expand(400, -1, -1)
     right = (every == one.log_weights.argmax(dim=1)[:, None, None] + 1).any(dim=-1)
     full = one._replace(permutations=every, log_weights=torch.where(right, -1.0, -12.0).double())
@@ -132,29 +132,29 @@ def test_a_few_draws_find_most_of_what_all_permutations_would(num_selected):
 
 def test_no_weights_nearby_make_the_answers_likelier():
     questions = made_up(300, 0.2, 1.0)
-    best = fit_weights(SelectorWeights(0.1, 1.0), questions)
+    best = fit_weights(ScoreWeights(0.1, 1.0), questions)
     most = answer_bound(best, questions).mean()
-    assert most > answer_bound(SelectorWeights(0.1, 1.0), questions).mean()
+    assert most > answer_bound(ScoreWeights(0.1, 1.0), questions).mean()
     for factors in itertools.product((0.8, 1.0, 1.25), repeat=2):
-        other = SelectorWeights(*(factor * value for factor, value in zip(factors, best, strict=True)))
+        other = ScoreWeights(*(factor * value for factor, value in zip(factors, best, strict=True)))
         assert answer_bound(other, questions).mean() <= most + 1e-4
 
 
 def test_a_prior_of_zero_stays_zero():
-    weights = fit_weights(SelectorWeights(0.1, 0.0), made_up(300, 0.3, 2.0))
+    weights = fit_weights(ScoreWeights(0.1, 0.0), made_up(300, 0.3, 2.0))
     assert weights.retriever_prior == 0 and weights.query_likelihood_scale != 0.1
 
 
 def test_a_handful_of_questions_cannot_carry_a_weight_away():
     """The right document is always the likeliest one: without a prior nothing would bound the scale."""
     questions = made_up(3, 50.0, 0.0)
-    assert 0.1 < fit_weights(SelectorWeights(0.1, 0.0), questions).query_likelihood_scale < 2
+    assert 0.1 < fit_weights(ScoreWeights(0.1, 0.0), questions).query_likelihood_scale < 2
 
 
 def test_answers_that_no_document_changes_leave_the_weights_as_they_are():
     questions = made_up(50, 0.2, 1.0)
     same = questions._replace(log_weights=torch.full_like(questions.log_weights, -3.0))
-    assert fit_weights(SelectorWeights(0.123, 0.5), same) == pytest.approx((0.123, 0.5), rel=1e-3)
+    assert fit_weights(ScoreWeights(0.123, 0.5), same) == pytest.approx((0.123, 0.5), rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -163,7 +163,7 @@ def test_questions_that_cannot_be_answered_are_left_out(value):
     broken = questions.log_weights.clone()
     broken[50:] = value
     few = ScoredQuestions(*(tensor[:50] for tensor in questions))
-    start = SelectorWeights(0.1, 1.0)
+    start = ScoreWeights(0.1, 1.0)
     assert fit_weights(start, questions._replace(log_weights=broken)) == fit_weights(start, few)
     nothing = questions._replace(log_weights=torch.full_like(broken, value))
     assert fit_weights(start, nothing) == start
@@ -182,7 +182,7 @@ def test_the_bound_of_all_distinct_permutations_is_the_log_likelihood_of_the_ans
     with torch.no_grad():
         logps = rag.permutation_logps([QUESTION], every)
         exact = (logps + rag.answer_logps([QUESTION], [QUESTION["answers"]], every)).logsumexp(dim=-1)
-    assert answer_bound(SelectorWeights(0.9, 0.1), scored).item() == pytest.approx(exact.item(), abs=1e-4)
+    assert answer_bound(ScoreWeights(0.9, 0.1), scored).item() == pytest.approx(exact.item(), abs=1e-4)
 
 
 def test_permutations_that_are_missing_count_for_nothing():
@@ -193,11 +193,11 @@ def test_permutations_that_are_missing_count_for_nothing():
         answers = rag.answer_logps([FEWER], [FEWER["answers"]], samples.permutations)
     scored = scored_questions(rag, [FEWER], read, samples, answers)
     assert scored.log_weights.isneginf().sum() == 3
-    weights = SelectorWeights(0.9, 0.1)
+    weights = ScoreWeights(0.9, 0.1)
     kept = ScoredQuestions(*scored[:2], *(tensor[:, :6] for tensor in scored[2:]))
     assert answer_bound(weights, scored).item() + math.log(9 / 6) == pytest.approx(answer_bound(weights, kept).item())
     leaf = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
-    answer_bound(SelectorWeights(leaf, 0.1), scored).sum().backward()
+    answer_bound(ScoreWeights(leaf, 0.1), scored).sum().backward()
     assert leaf.grad.isfinite()
 
 
@@ -226,7 +226,7 @@ def test_fitting_is_the_same_for_the_same_seed_whatever_was_drawn_before():
         rag = make_rag(**SETTINGS)
         with torch.no_grad():
             found.append(fit_selector(rag, records, config(per_device_train_batch_size=2)))
-    assert found[0] == found[1] != SelectorWeights(0.3, 0.7)
+    assert found[0] == found[1] != ScoreWeights(0.3, 0.7)
 
 
 def test_rows_to_fit_are_drawn_once_each():
@@ -270,7 +270,7 @@ def test_a_run_fits_its_selector_first_and_keeps_what_it_found(make_trainer):
     records = [trainer._with_candidates(trainer.train_dataset[row]) for row in fitting_rows(trainer.args, 8)]
     with trainer._inference():
         expected = fit_selector(trainer.rag, records, trainer.args)
-    assert expected != SelectorWeights(0.5, 1.0)
+    assert expected != ScoreWeights(0.5, 1.0)
     trainer.train()
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
@@ -300,6 +300,16 @@ def test_a_run_that_resumes_has_the_fitted_weights_and_ends_as_one_left_alone(ma
         trainer.roles.named_parameters("selector"), resumed.roles.named_parameters("selector"), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_a_run_that_resumes_with_no_update_left_keeps_the_fitted_weights(make_trainer):
+    """As one that was killed between its last checkpoint and its end."""
+    trainer = make_trainer(**FIT, save_strategy="steps", save_steps=4)
+    trainer.train()
+    resumed = make_trainer(**FIT)
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-4")
+    assert resumed.rag_config() == trainer.rag_config()
+    assert resumed.rag_config().query_likelihood_scale != 0.5
 
 
 def test_a_selector_that_is_not_trained_is_not_fitted(make_trainer):

@@ -28,7 +28,7 @@ from ..model.shared_prefix import ReadPrompts, TokenCount
 from ..system.rag_config import RAGConfig
 from .dro_config import DROConfig
 from .estimation import Estimate, Weights, draw, load_estimates, reordered, save_estimates, significant_permutations
-from .fitting import SelectorWeights, fit_selector, fitting_rows, saved_weights
+from .fitting import ScoreWeights, fit_selector, fitting_rows, saved_weights
 from .inputs import check_inputs, load_roles, own_scores, refuse_arguments, refuse_unsupported
 from .logs import keep_permutations, permutation_rows, warn_of_collapse
 from .role_trainer import RoleTrainer
@@ -205,7 +205,7 @@ class DROTrainer(RoleTrainer):
         self._take_fitted(broadcast_object_list([weights])[0])  # processes may round differently
         self.log({f"selector/{name}": value for name, value in weights._asdict().items()})
 
-    def _take_fitted(self, weights: SelectorWeights) -> None:
+    def _take_fitted(self, weights: ScoreWeights) -> None:
         self.rag.query_likelihood_scale, self.rag.retriever_prior = weights
         self._selector_is_to_fit, self.rag.count = False, TokenCount()
 
@@ -478,7 +478,13 @@ class DROTrainer(RoleTrainer):
     # What a run that resumes needs: the fitted weights, and in the middle of a block its E-step
 
     def rag_config(self) -> RAGConfig:
-        return replace(super().rag_config(), **{name: getattr(self.rag, name) for name in SelectorWeights._fields})
+        return replace(super().rag_config(), **{name: getattr(self.rag, name) for name in ScoreWeights._fields})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # With every engine, before evaluation and where no update is left, too.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._selector_is_to_fit:
+            self._take_fitted(saved_weights(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -487,11 +493,7 @@ class DROTrainer(RoleTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        if self._selector_is_to_fit:
-            self._take_fitted(saved_weights(checkpoint))
-        if (path := self._estimates_file(checkpoint)).is_file():
+        if checkpoint is not None and (path := self._estimates_file(checkpoint)).is_file():
             self._estimated_block, self._estimates = load_estimates(path, self.args.device)
 
     def _estimates_file(self, folder: str) -> Path:

@@ -28,7 +28,7 @@ from .dro_config import DROConfig
 from .estimation import draw, reordered
 
 
-class SelectorWeights(NamedTuple):
+class ScoreWeights(NamedTuple):
     r"""
     What the logits of documents are made of.
 
@@ -43,10 +43,10 @@ class SelectorWeights(NamedTuple):
     retriever_prior: Any
 
 
-def saved_weights(folder: str | Path) -> SelectorWeights:
+def saved_weights(folder: str | Path) -> ScoreWeights:
     """Weights that a checkpoint or a run holds in its `rag_config.json`."""
     saved = read_json_object(Path(folder) / CONFIG_FILE)
-    return SelectorWeights(**{name: saved[name] for name in SelectorWeights._fields})
+    return ScoreWeights(**{name: saved[name] for name in ScoreWeights._fields})
 
 
 class ScoredQuestions(NamedTuple):
@@ -119,7 +119,7 @@ def fitting_rows(args: DROConfig, size: int) -> list[int]:
     return random.Random(f"{args.seed}, fit").sample(range(size), min(size, args.selector_fit_questions))
 
 
-def fit_selector(rag: RAGModel, records: Sequence[dict[str, Any]], args: DROConfig) -> SelectorWeights:
+def fit_selector(rag: RAGModel, records: Sequence[dict[str, Any]], args: DROConfig) -> ScoreWeights:
     """
     An E-step over some questions, and the weights that [`fit_weights`] finds by it.
 
@@ -132,7 +132,7 @@ def fit_selector(rag: RAGModel, records: Sequence[dict[str, Any]], args: DROConf
             How permutations are drawn and answers scored.
 
     Returns:
-        [`SelectorWeights`]
+        [`ScoreWeights`]
     """
     found: list[ScoredQuestions] = []
     size, mean = args.per_device_train_batch_size, args.answer_likelihood == "mean"
@@ -147,16 +147,16 @@ def fit_selector(rag: RAGModel, records: Sequence[dict[str, Any]], args: DROConf
         samples = rag.sample(questions, args.num_permutations, seeds=seeds, read=read, **how)
         logps = rag.answer_logps(questions, targets, samples.permutations, mean)
         found.append(scored_questions(rag, questions, read, samples, logps, args.document_cost))
-    present = SelectorWeights(rag.query_likelihood_scale, rag.retriever_prior)
+    present = ScoreWeights(rag.query_likelihood_scale, rag.retriever_prior)
     return fit_weights(present, ScoredQuestions(*map(torch.cat, zip(*found, strict=True))), args.min_selected)
 
 
-def choice_logps(weights: SelectorWeights, questions: ScoredQuestions, min_selected: int | None = None) -> Tensor:
+def choice_logps(weights: ScoreWeights, questions: ScoredQuestions, min_selected: int | None = None) -> Tensor:
     r"""
     \\( \log p(z_j \mid x) \\) under some weights, by Plackett and Luce, differentiable in them.
 
     Args:
-        weights ([`SelectorWeights`]):
+        weights ([`ScoreWeights`]):
             The weights.
         questions ([`ScoredQuestions`]):
             Questions and permutations.
@@ -190,14 +190,14 @@ def choice_logps(weights: SelectorWeights, questions: ScoredQuestions, min_selec
     return total
 
 
-def answer_bound(weights: SelectorWeights, questions: ScoredQuestions, min_selected: int | None = None) -> Tensor:
+def answer_bound(weights: ScoreWeights, questions: ScoredQuestions, min_selected: int | None = None) -> Tensor:
     r"""
     Bound on the log-likelihood of each question's answer under some weights (Burda et al. 2016,
     https://huggingface.co/papers/1509.00519), of permutations drawn under others: the exact value where all distinct
     permutations were drawn.
 
     Args:
-        weights ([`SelectorWeights`]):
+        weights ([`ScoreWeights`]):
             The weights.
         questions ([`ScoredQuestions`]):
             Questions and permutations.
@@ -212,20 +212,18 @@ def answer_bound(weights: SelectorWeights, questions: ScoredQuestions, min_selec
     drawn = chosen.log_weights.isfinite()
     logps = choice_logps(weights, chosen, min_selected)
     terms = torch.where(drawn, logps, 0.0) + chosen.log_weights
-    return terms.logsumexp(dim=-1) - math.log(terms.shape[-1])
+    return terms.logsumexp(dim=-1) - math.log(terms.shape[-1])  # iwae_bound in float64, for L-BFGS
 
 
 @torch.enable_grad()
-def fit_weights(
-    start: SelectorWeights, questions: ScoredQuestions, min_selected: int | None = None
-) -> SelectorWeights:
+def fit_weights(start: ScoreWeights, questions: ScoredQuestions, min_selected: int | None = None) -> ScoreWeights:
     """
     Weights that make the answers most likely, by L-BFGS over their logarithms. The logarithm of each has a standard
     normal prior about where it starts, worth one question in all: hundreds outweigh it, and a handful, under which
     the likelihood may have no maximum, cannot carry a weight away.
 
     Args:
-        start ([`SelectorWeights`]):
+        start ([`ScoreWeights`]):
             Where to start. A prior of 0 stays 0.
         questions ([`ScoredQuestions`]):
             The questions.
@@ -233,21 +231,21 @@ def fit_weights(
             See [`choice_logps`].
 
     Returns:
-        [`SelectorWeights`]: floats of four digits; `start` if no question is usable.
+        [`ScoreWeights`]: floats of four digits; `start` if no question is usable.
 
     Example:
 
     ```python
     >>> import torch
-    >>> from trl_dro.trainer.fitting import ScoredQuestions, SelectorWeights, fit_weights
+    >>> from trl_dro.trainer.fitting import ScoredQuestions, ScoreWeights, fit_weights
 
     >>> # Two documents each; the answer follows from the one behind which the question is likelier, 9 times of 10.
     >>> logps = torch.tensor([[0.0, -20.0, -30.0]]).expand(100, 3).double()
     >>> answers = torch.tensor([[0.0, -50.0]] * 90 + [[-50.0, 0.0]] * 10).double()
     >>> permutations = torch.tensor([[1], [2]]).expand(100, 2, 1)
     >>> questions = ScoredQuestions(logps, torch.zeros_like(logps), permutations, answers)
-    >>> fit_weights(SelectorWeights(0.1, 0.0), questions)  # e^(10 scale) is nearly 9
-    SelectorWeights(query_likelihood_scale=0.2158, retriever_prior=0.0)
+    >>> fit_weights(ScoreWeights(0.1, 0.0), questions)  # e^(10 scale) is nearly 9
+    ScoreWeights(query_likelihood_scale=0.2158, retriever_prior=0.0)
     ```
     """
     names = [name for name, value in start._asdict().items() if value > 0]
@@ -257,7 +255,7 @@ def fit_weights(
     if not count or not names:
         return start
 
-    def weights() -> SelectorWeights:
+    def weights() -> ScoreWeights:
         return start._replace(**dict(zip(names, logs.exp(), strict=True)))
 
     def loss() -> Tensor:
@@ -270,4 +268,4 @@ def fit_weights(
     optimizer = torch.optim.LBFGS([logs], max_iter=200, line_search_fn="strong_wolfe")
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     logs.requires_grad_(False)
-    return SelectorWeights(*(float(f"{float(value):.4g}") for value in weights()))
+    return ScoreWeights(*(float(f"{float(value):.4g}") for value in weights()))
