@@ -20,7 +20,8 @@ from .test_sharding import SECONDS, SETTINGS, TOLERANCE, UNUSABLE, job, launch, 
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install -c constraints.txt -e '.[deepspeed]'")
 
-ZERO2 = {name: SETTINGS[name] for name in ("adapters", "blocks in parts", "two full models", "two bases")} | {
+SHARED = ("adapters", "blocks in parts", "two full models", "query likelihoods", "two bases")
+ZERO2 = {name: SETTINGS[name] for name in SHARED} | {
     "no clipping": {"max_grad_norm": 0.0, "learning_rate": 5e-4},
     # Nothing but what is left of an update can make the next one's gradients differ.
     "nothing learned": {"learning_rate": 0.0, "max_steps": 2},
@@ -34,9 +35,7 @@ ZERO2 = {name: SETTINGS[name] for name in ("adapters", "blocks in parts", "two f
     },
 }
 ZERO1 = {name: ZERO2[name] for name in ("adapters", "two full models", "a whole update unusable")}
-ZERO3 = {
-    name: ZERO2[name] for name in ("adapters", "blocks in parts", "two full models", "two bases", "nothing learned")
-}
+ZERO3 = {name: ZERO2[name] for name in (*SHARED, "nothing learned")}
 STAGES = {"zero2": ZERO2, "zero1": ZERO1, "zero3": ZERO3}
 RUNS = [(stage, name) for stage, settings in STAGES.items() for name in settings]
 
