@@ -297,8 +297,8 @@ class Run:
             with locked(warm.folder / "lock"):
                 warm.trained()
         changes = {
-            "sft": {"train_selector": False},
-            "without_selector": {"train_selector": False},
+            "sft": {"train_selector": False, "selector_fit_questions": 0},
+            "without_selector": {"train_selector": False, "selector_fit_questions": 0},
             "without_generator": {"train_generator": False},
             "decoupled": {"selector_fit_questions": 0},
         }.get(self.arm, {})

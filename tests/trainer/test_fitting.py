@@ -312,10 +312,15 @@ def test_a_run_that_resumes_with_no_update_left_keeps_the_fitted_weights(make_tr
     assert resumed.rag_config().query_likelihood_scale != 0.5
 
 
-def test_a_selector_that_is_not_trained_is_not_fitted(make_trainer):
-    trainer = make_trainer(**FIT, train_selector=False)
-    trainer.train()
-    assert (trainer.rag.query_likelihood_scale, trainer.rag.retriever_prior) == (0.5, 1.0)
+def test_of_a_selector_whose_weights_are_not_trained_the_two_numbers_are_fitted_all_the_same(make_trainer):
+    both, alone = make_trainer(**FIT), make_trainer(**FIT, train_selector=False)
+    before = [weight.clone() for _, weight in alone.roles.named_parameters("selector")]
+    for trainer in (both, alone):
+        trainer.train()
+    assert alone.rag.query_likelihood_scale == both.rag.query_likelihood_scale != 0.5
+    assert alone.rag.retriever_prior == both.rag.retriever_prior != 1.0
+    for old, (name, new) in zip(before, alone.roles.named_parameters("selector"), strict=True):
+        assert torch.equal(old, new), name
 
 
 @pytest.mark.parametrize("settings", [{"selector_form": "permutation"}, {"query_likelihood_scale": 0.0}])

@@ -80,7 +80,7 @@ class DROConfig(_BaseConfig):
         selector_fit_questions (`int`, *optional*, defaults to `0`):
             Training questions, drawn at random, by whose answers `query_likelihood_scale` and a `retriever_prior`
             above 0 are fitted before the first update, see [`~trainer.fitting.fit_weights`]; each costs an E-step.
-            `0` leaves both as they are set, and so does `train_selector=False`. For
+            `0` leaves both as they are set. With `train_selector=False` they are all that the selector learns. For
             `selector_form="query_likelihood"`.
         selector_template (`str`):
             Selector prompt: a format string with `{question}`, `{documents}` and any of `{num_documents}`,

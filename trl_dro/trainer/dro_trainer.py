@@ -173,7 +173,7 @@ class DROTrainer(RoleTrainer):
         args, drop_last = self.args, self.args.dataloader_drop_last
         # Estimates of an earlier call of `train` are stale, though its blocks count from 0 too.
         self._estimates, self._estimated_block = [], -1
-        self._selector_is_to_fit = args.train_selector and args.selector_fit_questions > 0
+        self._selector_is_to_fit = args.selector_fit_questions > 0
         seed = args.seed if args.data_seed is None else args.data_seed
         passes = (args.steps_per_estimation, args.maximization_epochs, args.gradient_accumulation_steps)
         sizes = (len(self.train_dataset), self._train_batch_size, *passes)

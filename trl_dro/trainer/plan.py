@@ -224,7 +224,7 @@ def make_plan(
     flops = None
     if num_questions is not None:
         updates, blocks, visits = _count_steps(args, num_questions, num_processes)
-        fitted = min(args.selector_fit_questions, num_questions) * args.train_selector
+        fitted = min(args.selector_fit_questions, num_questions)
         # Each process goes through all of these.
         fitting = num_processes * fitted * _flops_per_question(args, roles, shapes, mean, ())
         flops = visits * flops_per_question + fitting
