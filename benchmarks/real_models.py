@@ -110,7 +110,9 @@ class Settings:
     warmup_selector_questions: int = setting(500, "Training questions of the selector's warm start; 0: none.")
     warmup_generator_questions: int = setting(100, "Training questions of the generator's warm start.")
     warmup_teacher: str = setting("relevant", "relevant: candidates with an answer first; retriever: its order.")
-    warmup_only_informative: bool = setting(True, "relevant: leave out questions none of whose candidates has one.")
+    warmup_only_informative: bool = setting(
+        True, "relevant: teach the selector no question none of whose candidates has one."
+    )
     warmup_learning_rate: float = setting(5e-4, "Learning rate of the warm start.")
     # Training
     updates: int = setting(125, "Updates of every arm.")
@@ -169,6 +171,7 @@ class TaughtTrainer(DROTrainer):
     """
 
     teacher = "relevant"
+    only_informative = True  # the selector learns nothing of questions without a relevant candidate
 
     def _em_step(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         rows = inputs.block[inputs.position].rows
@@ -181,10 +184,12 @@ class TaughtTrainer(DROTrainer):
             logps = self.rag.answer_logps(records, targets, first, wrapped=model)
             losses.append(self._backward(logps))
         if self.args.train_selector:
-            taught = [teacher_ranking(record, self.teacher)[:num_selected] for record in records]
-            places = [[order.index(i) + 1 for i in ranks] for order, ranks in zip(orders, taught, strict=True)]
+            rankings = [teacher_ranking(record, self.teacher)[:num_selected] for record in records]
+            places = [[order.index(i) + 1 for i in ranks] for order, ranks in zip(orders, rankings, strict=True)]
             permutations = torch.tensor(places).unsqueeze(1)
             logps = self.rag.permutation_logps(reordered(records, orders), permutations, wrapped=model)
+            if self.teacher == "relevant" and self.only_informative:
+                logps = logps * torch.tensor([[any_relevant(record)] for record in records]).to(logps)
             losses.append(self._backward(logps))
         self._last_rows, self._usable_questions = rows, self._usable_questions + len(rows)
         return torch.stack(losses).sum()
@@ -193,6 +198,10 @@ class TaughtTrainer(DROTrainer):
         loss = -logps.mean() / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
+
+
+def any_relevant(record: dict[str, Any]) -> bool:
+    return any(is_relevant(document, record) for document in record["documents"])
 
 
 def teacher_ranking(record: dict[str, Any], teacher: str) -> list[int]:
@@ -279,7 +288,7 @@ class Run:
             selector = self.train_dataset.select(range(s.warmup_selector_questions))
             if s.warmup_teacher == "relevant" and s.warmup_only_informative:
                 selector = selector.filter(
-                    lambda record: any(is_relevant(d, record) for d in record["documents"][: s.max_candidates])
+                    lambda record: any_relevant(record | {"documents": record["documents"][: s.max_candidates]})
                 )
             rate = {f"{role}_learning_rate": s.warmup_learning_rate for role in ("selector", "generator")}
             seconds, history, start = 0.0, [], None
@@ -339,8 +348,10 @@ class Run:
                 task_type="CAUSAL_LM", r=s.lora_r, lora_alpha=2 * s.lora_r, target_modules="all-linear"
             ),
         )
-        if isinstance(trainer, TaughtTrainer) and self.arm == "warm_start":
-            trainer.teacher = s.warmup_teacher
+        if isinstance(trainer, TaughtTrainer):
+            trainer.only_informative = s.warmup_only_informative
+            if self.arm == "warm_start":
+                trainer.teacher = s.warmup_teacher
         trainer.remove_callback(PrinterCallback)
         clock = Clock(folder / "processor_seconds")
         trainer.add_callback(clock)

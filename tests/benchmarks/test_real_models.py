@@ -79,6 +79,36 @@ def test_taught_gradient_is_that_of_the_teachers_permutation_and_answer(finished
         assert any(p.abs().sum() > 0 for p in moved)
 
 
+def test_a_question_without_a_relevant_candidate_teaches_the_selector_nothing(finished):
+    from real_models import QUICK as SMALL
+    from real_models import Run, Settings, TaughtTrainer, load_data
+
+    settings = Settings(quick=True, out=str(finished), **SMALL | {"warmup_only_informative": True})
+    train, evaluated = load_data(settings)
+    relevant = [["none"] if row % 2 else [record["documents"][0]["id"]] for row, record in enumerate(train)]
+    train = train.remove_columns("positive_ids").add_column("positive_ids", relevant)
+    run = Run(settings, "decoupled", 0, train, evaluated)
+    taught = {}
+
+    class Watched(TaughtTrainer):
+        def _em_step(self, model, inputs):
+            seen.clear()
+            loss = super()._em_step(model, inputs)
+            [row] = inputs.block[inputs.position].rows
+            taught[row] = [logps.abs().sum().item() for logps in seen]
+            return loss
+
+        def _backward(self, logps):
+            seen.append(logps.detach())
+            return super()._backward(logps)
+
+    seen: list = []
+    run.train(Watched, train, {}, None, "informative")
+    assert {row % 2 for row in taught} == {0, 1}
+    for row, (generator, selector) in taught.items():
+        assert generator > 0 and (selector == 0) == bool(row % 2)
+
+
 @pytest.mark.parametrize(
     "arguments, message", [(["--arms", "best"], "choose among warm_start"), (["--evaluate_on", "dev"], "report or")]
 )
