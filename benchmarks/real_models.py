@@ -201,6 +201,7 @@ class TaughtTrainer(DROTrainer):
 
 
 def any_relevant(record: dict[str, Any]) -> bool:
+    """Whether the candidates tell the teacher `relevant` anything."""
     return any(is_relevant(document, record) for document in record["documents"])
 
 

@@ -109,6 +109,18 @@ def test_a_question_without_a_relevant_candidate_teaches_the_selector_nothing(fi
         assert generator > 0 and (selector == 0) == bool(row % 2)
 
 
+def test_only_arms_whose_selector_learns_from_weights_are_fitted(tmp_path, monkeypatch):
+    """The others would have what the ablation is to be without."""
+    import real_models
+
+    monkeypatch.setattr(real_models.Run, "train", lambda self, kind, dataset, changes, start, name: (changes, 0.0, []))
+    settings = real_models.Settings(quick=True, out=str(tmp_path), selector_fit_questions=5, **real_models.QUICK)
+    data = real_models.load_data(settings)
+    changes = {arm: real_models.Run(settings, arm, 0, *data).trained()[0] for arm in real_models.ARMS}
+    fitted = {arm for arm in changes if (settings.of_arm(arm) | changes[arm]).get("selector_fit_questions")}
+    assert fitted == {"joint", "without_generator"}
+
+
 @pytest.mark.parametrize(
     "arguments, message", [(["--arms", "best"], "choose among warm_start"), (["--evaluate_on", "dev"], "report or")]
 )

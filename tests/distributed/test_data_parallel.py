@@ -59,6 +59,12 @@ SETTINGS = {
         "retriever_prior": 1.0,
         "selector_fit_questions": 5,
     },
+    "fitted, frozen selector": {
+        "selector_form": "query_likelihood",
+        "retriever_prior": 1.0,
+        "selector_fit_questions": 5,
+        "train_selector": False,
+    },
     "no clipping": {"max_grad_norm": 0.0, "learning_rate": 5e-4},
     "two full models, checkpointing and accumulation": {
         "peft": False,

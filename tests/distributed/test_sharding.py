@@ -49,6 +49,12 @@ SETTINGS = {
         "retriever_prior": 1.0,
         "selector_fit_questions": 5,
     },
+    "fitted, frozen selector": {
+        "selector_form": "query_likelihood",
+        "retriever_prior": 1.0,
+        "selector_fit_questions": 5,
+        "train_selector": False,
+    },
     # Evaluated before it is trained, and the best weights put back in the end.
     "two bases": {
         "two_bases": True,
